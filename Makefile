@@ -1,0 +1,62 @@
+.PHONY: demo test docs notebooks readme zoo real clean
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SETTINGS := settings.ini setup.py constraints.txt
+
+demo: .venv/library
+	$(BIN)/lorasuite demo
+
+test: export HF_HUB_OFFLINE = 1
+test: .venv/dev
+	@echo "== installed packages agree"
+	@$(PIP) check
+	@echo "== lorasuite/ is the export of nbs/"
+	@$(BIN)/python tools/check_export.py
+	@echo "== README.md is nbs/index.ipynb"
+	@$(BIN)/python tools/readme.py --check
+	@echo "== notebooks are clean and executed"
+	@$(BIN)/python tools/check_notebooks.py
+	@echo "== notebooks run"
+	@$(BIN)/nbdev_test
+	@echo "== website builds"
+	@if [ -x $(BIN)/smalldocs ] || command -v quarto; then $(BIN)/python tools/docs.py; \
+	 else echo "not built: needs quarto, or Python 3.11 or later for smalldocs"; fi
+	@echo "== tests pass"
+	@$(BIN)/python -m pytest tests
+
+docs: .venv/dev
+	$(BIN)/python tools/docs.py
+
+notebooks: .venv/dev
+	$(BIN)/nbdev_export
+	$(BIN)/python tools/run_notebooks.py
+	$(BIN)/python tools/readme.py
+
+readme: .venv/dev
+	$(BIN)/python tools/readme.py
+
+zoo: .venv/library
+	$(BIN)/python -m lorasuite.zoo
+
+real: .venv/real
+	$(BIN)/python benchmarks/real.py
+
+clean:
+	rm -rf .venv _docs build dist lorasuite-demo lorasuite.egg-info
+
+.venv/bin/pip:
+	@echo "Setting up .venv: a few minutes, once"
+	python3 -m venv .venv
+
+.venv/library: $(SETTINGS) | .venv/bin/pip
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+.venv/dev: $(SETTINGS) | .venv/bin/pip
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch .venv/library $@
+
+.venv/real: $(SETTINGS) | .venv/bin/pip
+	$(PIP) install -c constraints.txt -e ".[real]"
+	@touch .venv/library $@
