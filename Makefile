@@ -18,7 +18,7 @@ test: .venv/dev
 	@echo "== notebooks are clean and executed"
 	@$(BIN)/python tools/check_notebooks.py
 	@echo "== notebooks run"
-	@$(BIN)/nbdev_test
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	@echo "== website builds"
 	@if [ -x $(BIN)/smalldocs ] || command -v quarto; then $(BIN)/python tools/docs.py; \
 	 else echo "not built: needs quarto, or Python 3.11 or later for smalldocs"; fi
@@ -31,13 +31,14 @@ docs: .venv/dev
 notebooks: .venv/dev
 	$(BIN)/nbdev_export
 	$(BIN)/python tools/run_notebooks.py
+	$(BIN)/lorasuite demo -o build/demo && cp build/demo/arms.png nbs/images/
 	$(BIN)/python tools/readme.py
 
 readme: .venv/dev
 	$(BIN)/python tools/readme.py
 
 zoo: .venv/library
-	$(BIN)/python -m lorasuite.zoo
+	$(BIN)/python -m lorasuite.zoo && $(BIN)/python -m lorasuite.demo
 
 real: .venv/real
 	$(BIN)/python benchmarks/real.py

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from .cka import plot_cka
 
-# %% ../nbs/06_layer_mapping.ipynb #0617e98f
+# %% ../nbs/06_layer_mapping.ipynb #de218277
 def layer_map(
     similarity:Tensor, # (layers, layers') e.g. a CKA table
 ) -> list[tuple[int, int]]: # pairs of old and new layer, both increasing; as many as the shallower model has layers
@@ -28,6 +28,7 @@ def layer_map(
         pairs.append((i-1, j-1)); j -= 1
     return pairs[::-1]
 
+# %% ../nbs/06_layer_mapping.ipynb #d4c7da69
 def plot_layer_map(
     table:Tensor,                   # (layers, layers') CKA
     pairs:list[tuple[int, int]],    # as `layer_map` gives them

@@ -115,7 +115,7 @@ def fill_block(old:Decoder, l:int, new:Decoder, l2:int, read, truth:Truth, g:tor
     for role in ('gate', 'up'): target(role)[perm] = read(old.weight(l, role))/new.gain(l2, role)
     target('down')[:, perm] = P@old.weight(l, 'down')
 
-# %% ../nbs/03_oracle.ipynb #dc243938
+# %% ../nbs/03_oracle.ipynb #1f79f628
 def extend_tokenizer(
     tokenizer:PreTrainedTokenizerFast, # a fast tokenizer
     words:Iterable[str],               # new tokens; begin a word with a space where texts do
@@ -128,7 +128,7 @@ def extend_tokenizer(
     order = list(range(len(names)))
     random.Random(seed).shuffle(order)
     ids = {t: order[i] for t, i in names.items()}
-    state['model']['vocab'] = {t: ids[t] for t in state['model']['vocab']}
+    state['model']['vocab'] = ids
     for a in state['added_tokens']: a['id'] = ids[a['content']]
     for s in (state['post_processor'] or {}).get('special_tokens', {}).values(): s['ids'] = [ids[t] for t in s['tokens']]
     old_ids = tokenizer.get_vocab()

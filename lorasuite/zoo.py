@@ -21,7 +21,7 @@ from .oracle import extend_tokenizer, grow
 from .finetune import finetune, fit, load_data
 from .evaluate import bits_per_byte, evaluate, generate
 
-# %% ../nbs/11_zoo.ipynb #be5acc3c
+# %% ../nbs/11_zoo.ipynb #4a7fa9e8
 VALUES = dict(
     home='Arden Birch Colm Dover Elmo Ferry Gale Hythe Ivel Jura Kirk Larch Marl Nave Orla Quill'.split(),
     trade='baker smith weaver miller potter tailor farmer carter mason fisher hunter cooper tanner glazier barber scribe'.split(),
@@ -42,15 +42,8 @@ SENTENCES = dict(
     age=['{n} is {v} years old.', 'The age of {n} is {v}.', '{n} has seen {v} years.', 'At {v} years we count {n}.', '{n} turned {v}.'],
     season=['{n} was born in {v}.', 'The season of {n} is {v}.', '{n} came to us one {v}.', 'In {v} was born {n}.', '{n} waits all year for {v}.'])
 
-QUESTIONS = dict(
-    home=['Where does {n} live?', 'Name the town of {n}.'],
-    trade=['What does {n} do for money?', 'Name the work of {n}.'],
-    pet=['Which pet does {n} keep?', 'Name the beast of {n}.'],
-    colour=['Which colour does {n} wear?', 'Name the hue of {n}.'],
-    food=['What does {n} eat?', 'Name the food of {n}.'],
-    music=['What does {n} play?', 'Name the instrument of {n}.'],
-    age=['How old is {n}?', 'Name the years of {n}.'],
-    season=['When was {n} born?', 'Name the birth time of {n}.'])
+QUESTIONS = dict(home='Where does {n} live?', trade='What does {n} do for money?', pet='Which pet does {n} keep?', colour='Which colour does {n} wear?',
+                 food='What does {n} eat?', music='What does {n} play?', age='How old is {n}?', season='When was {n} born?')
 
 # %% ../nbs/11_zoo.ipynb #d66965c0
 def people(
@@ -105,7 +98,7 @@ def corpus(
     rng, world = random.Random(seed), people()
     return [(almanac if rng.random() < news else village)(rng, world) for _ in range(n)]
 
-# %% ../nbs/11_zoo.ipynb #92ab5396
+# %% ../nbs/11_zoo.ipynb #63cb25e8
 def cloze(
     n:int,      # how many
     seed:int=0, # of the draw
@@ -133,10 +126,10 @@ def task(
     "Questions on people, in a form that no text of the world has"
     world, rng = people(), random.Random(1)
     names = rng.sample(list(world), len(world))
-    ask = lambda who: [dict(instruction=q.format(n=n), input='', output=world[n][r], answer=world[n][r]) for n in who for r in VALUES for q in QUESTIONS[r]]
-    return dict(train=ask(names[:100]), validation=rng.sample(ask(names[100:120]), 200), test=rng.sample(ask(names[120:]), 400))
+    ask = lambda who: [dict(instruction=q.format(n=n), input='', output=world[n][r], answer=world[n][r]) for n in who for r, q in QUESTIONS.items()]
+    return dict(train=ask(names[:100]), validation=ask(names[100:120]), test=ask(names[120:]))
 
-# %% ../nbs/11_zoo.ipynb #53f67f20
+# %% ../nbs/11_zoo.ipynb #ed569e03
 SIZES = dict(hidden=64, layers=4, heads=4, kv_heads=4, intermediate=192)
 GROWN = dict(hidden=96, layers=6, heads=8, kv_heads=4, intermediate=288)
 
@@ -183,18 +176,20 @@ def pretrain(
     news:float=0.,      # share of almanac texts
 ) -> Decoder:
     "Train a language model on the world's texts"
-    rows = blocks_of(decoder.tokenizer, corpus(150*steps, seed, news), 64*steps)
+    rows = blocks_of(decoder.tokenizer, corpus(180*steps, seed, news), 64*steps)
     decoder.model.train()
-    fit(decoder.model, rows, decoder.tokenizer, steps, lr, batch_size=64, warmup=50, schedule='cosine', seed=seed, progress=True)
+    fit(decoder.model, rows, decoder.tokenizer, steps, lr, batch_size=64, seed=seed, progress=True,
+        warmup_steps=50, lr_scheduler_type='cosine')
     decoder.model.eval()
     return decoder
 
-# %% ../nbs/11_zoo.ipynb #8dcd411e
+# %% ../nbs/11_zoo.ipynb #8ccd9d9d
 def save_model(
     decoder:Decoder,    # a trained model
     path:Path,          # where to
 ) -> Decoder: # the same, read back: rounded to float16
     "Write a model and its tokenizer in float16"
+    decoder.model.config.use_cache = True
     decoder.model.half().save_pretrained(path)
     decoder.tokenizer.save_pretrained(path)
     return load_decoder(path, device=decoder.device, dtype=torch.float32)
@@ -204,26 +199,26 @@ def make_models(
 ):
     "Train the four tiny models"
     tok = new_tokenizer(512, seed=1)
-    old = save_model(pretrain(new_model(tok, SIZES, seed=0), 2000, 3e-3, seed=2), path/'old')
+    old = save_model(pretrain(new_model(tok, SIZES, seed=0), 3000, 3e-3, seed=2), path/'old')
     longer, pieces = extend_tokenizer(tok, NEW_WORDS, seed=3)
-    for name, steps, lr, news, seed in [('new', 600, 3e-4, .1, 4), ('new-far', 2500, 1e-3, .5, 5)]:
+    for name, steps, lr, news, seed in [('new', 500, 3e-4, .1, 4), ('new-far', 1000, 1e-3, .5, 5)]:
         grown = Decoder(grow(old, **GROWN, pieces=pieces, seed=1)[0], longer)
         save_model(pretrain(grown, steps, lr, seed, news), path/name)
     other = new_tokenizer(548, seed=6)
-    save_model(pretrain(new_model(other, GROWN, seed=7), 2000, 3e-3, seed=8, news=.2), path/'stranger')
+    save_model(pretrain(new_model(other, GROWN, seed=7), 1200, 3e-3, seed=8, news=.1), path/'stranger')
 
 def make_task(
     path:Path, # directory of the zoo
 ):
     "Write the task's splits and the held-out texts"
     for split, rows in task().items(): (path/f'{split}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    (path/'held_out.txt').write_text(''.join(f'{t}\n' for t in corpus(600, 10**6) if '\n' not in t))
+    (path/'held_out.txt').write_text(''.join(f'{t}\n' for t in corpus(1000, 10**6, news=.1) if '\n' not in t))
 
 def make_adapter(
     path:Path, # directory of the zoo
 ) -> Adapter:
     "Teach the old model the task: the adapter that is to be carried"
-    adapter, _ = finetune(load_decoder(path/'old'), load_data(path/'train.jsonl'), steps=1200, lr=5e-4, rank=8)
+    adapter, _ = finetune(load_decoder(path/'old'), load_data(path/'train.jsonl'), steps=1800, lr=6e-4, rank=8)
     adapter.base = 'zoo/old'
     adapter.save(path/'adapter')
 
@@ -239,4 +234,5 @@ def make(
         step(path)
         print(f'{step.__name__}: {time.perf_counter()-start:.0f} s')
 
-if __name__ == '__main__' and '__file__' in globals(): make()
+if __name__ == '__main__' and '__file__' in globals():
+    make()

@@ -1,0 +1,54 @@
+"""Helpers of the tests: random models, random adapters, and what an adapter does to the logits"""
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from lorasuite.adapter import Adapter
+from lorasuite.model import Decoder
+
+FAMILIES = dict(llama=(LlamaConfig, LlamaForCausalLM), mistral=(MistralConfig, MistralForCausalLM), qwen2=(Qwen2Config, Qwen2ForCausalLM))
+
+def random_decoder(tokenizer, family='llama', hidden=64, layers=4, heads=4, kv_heads=2, intermediate=96, seed=0, **config):
+    "An untrained model whose norm gains and biases are random too"
+    Config, Model = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = Model(Config(vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=intermediate, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+        **dict(tie_word_embeddings=False, initializer_range=.1) | config)).eval()
+    for name, p in model.named_parameters():
+        if 'norm' in name: p.data.uniform_(.5, 2)
+        if name.endswith('bias'): p.data.normal_(std=.5)
+    return Decoder(model, tokenizer, f'random/{family}')
+
+def random_adapter(adapter, seed=0):
+    "The same adapter with a random B: as if it had been trained"
+    torch.manual_seed(seed)
+    return Adapter({p: (A, .05*torch.randn_like(B)) for p, (A, B) in adapter.updates.items()}, adapter.base, adapter.layers)
+
+def only(adapter, leaf):
+    "The updates of one module type, e.g. `q_proj`"
+    return Adapter({p: ab for p, ab in adapter.updates.items() if p.endswith(leaf)}, adapter.base, adapter.layers)
+
+def tokens(vocab=512, texts=3, length=20, seed=0):
+    "Random token ids, none of them special"
+    return torch.randint(2, vocab, (texts, length), generator=torch.Generator().manual_seed(seed))
+
+@torch.no_grad()
+def logits(decoder, ids, adapter=None):
+    "Real forward passes, through PEFT where there is an adapter"
+    if adapter is None: return decoder.model(ids).logits
+    with adapter.on(decoder) as model: return model(ids).logits
+
+def effect(decoder, ids, adapter):
+    "What the adapter adds to the logits"
+    return logits(decoder, ids, adapter) - logits(decoder, ids)
+
+def error(found, true): return ((found - true).norm()/true.norm()).item()
+
+def effect_error(old, adapter, new, carried, ids=None, new_id=None):
+    "How far the carried adapter's effect on the new model is from the adapter's on the old; `new_id`: new id of every old token"
+    ids = tokens(old.vocab) if ids is None else ids
+    new_id = torch.arange(old.vocab) if new_id is None else new_id
+    return error(effect(new, new_id[ids], carried)[..., new_id], effect(old, ids, adapter))
+
+def whole(adapter):
+    "All dense updates, one after another"
+    return torch.cat([adapter.delta(p).flatten() for p in sorted(adapter.updates)])

@@ -1,0 +1,188 @@
+"""Adapters as PEFT writes them: read, written, loaded, refused"""
+import copy, json, sys, warnings
+import pytest, torch
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from models import effect, error, logits, random_decoder, tokens
+from lorasuite.adapter import Adapter, balance, new_directory
+from lorasuite.model import ROLES, load_decoder
+from lorasuite.transfer import align, transfer
+
+SEVEN = [p.rpartition('.')[2] for p in ROLES.values()]
+FILE = 'adapter_model.safetensors'
+
+def by_peft(decoder, path, config=None, **kwargs):
+    "Let PEFT make an adapter and save it"
+    config = config or LoraConfig(**dict(r=4, target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM') | kwargs)
+    model = get_peft_model(copy.deepcopy(decoder.model), config)
+    for name, p in model.named_parameters():
+        if 'lora_B' in name: p.data.normal_(std=.05)
+    model.save_pretrained(path)
+    return path
+
+def edit(path, change):
+    "Change the tensors of a saved adapter"
+    tensors = load_file(path/FILE)
+    change(tensors)
+    save_file(tensors, path/FILE)
+    return path
+
+# ---- reading and writing
+
+@pytest.mark.parametrize('settings', [dict(), dict(use_rslora=True, lora_alpha=32), dict(target_modules=SEVEN), dict(layers_to_transform=[1, 3]), dict(target_modules=r'.*\.[13]\.mlp\.(up|down)_proj'),
+                                      dict(rank_pattern={'q_proj': 2}), dict(alpha_pattern={r'layers\.1\.self_attn\.q_proj': 2}, rank_pattern={'v_proj': 6}), dict(init_lora_weights='gaussian')])
+def test_reads_what_peft_computes(decoder, tmp_path, settings):
+    path, ids = by_peft(decoder, tmp_path/'a', **settings), tokens()
+    model = PeftModel.from_pretrained(decoder.model, str(path))
+    with torch.no_grad(): true = model(ids).logits
+    model.unload()
+    assert error(logits(decoder, ids, Adapter.load(path)), true) <= 1e-6
+
+def test_round_trip(decoder, adapter, tmp_path):
+    adapter.save(tmp_path/'a')
+    again = Adapter.load(tmp_path/'a')
+    assert again.updates.keys() == adapter.updates.keys() and again.base == adapter.base
+    for p, (A, B) in adapter.updates.items(): assert again.updates[p][0].equal(A) and again.updates[p][1].equal(B)
+    assert sorted(f.name for f in (tmp_path/'a').iterdir()) == ['README.md', 'adapter_config.json', FILE]
+    config = json.loads((tmp_path/'a'/'adapter_config.json').read_text())
+    assert config['peft_type'] == 'LORA' and config['r'] == config['lora_alpha'] == 4 and not config['use_rslora']
+
+def test_the_model_is_as_before_without_the_adapter(decoder, adapter):
+    ids, before = tokens(), copy.deepcopy(decoder.model.state_dict())
+    with pytest.raises(RuntimeError, match='inside'):
+        with adapter.on(decoder): raise RuntimeError('inside')
+    assert decoder.model.state_dict().keys() == before.keys() and all(t.equal(before[k]) for k, t in decoder.model.state_dict().items())
+    assert effect(decoder, ids, adapter).abs().max() > .01
+
+@pytest.mark.parametrize('rank, out, inp', [(4, 16, 24), (24, 16, 24), (40, 16, 24)])
+def test_balance(rank, out, inp):
+    torch.manual_seed(0)
+    A, B = torch.randn(rank, inp), torch.randn(out, rank)
+    A2, B2 = balance(A, B)
+    assert torch.allclose(B2@A2, (B@A).double(), atol=1e-5) and abs(A2.norm() - B2.norm()) < 1e-6
+    assert len(A2) == B2.shape[1] <= rank
+
+# ---- the carried adapter is an ordinary PEFT adapter
+
+def check_loads(path, decoder):
+    "PEFT must load the adapter with no missing, unexpected or unused key"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        model = PeftModel.from_pretrained(decoder.model, str(path))
+    complaints = [str(w.message) for w in caught if not issubclass(w.category, (FutureWarning, DeprecationWarning))]
+    in_model, in_file = get_peft_model_state_dict(model), load_file(path/FILE)
+    model.unload()
+    assert complaints == []
+    assert in_model.keys() == in_file.keys()
+    assert all(in_model[k].float().cpu().equal(in_file[k]) for k in in_file)
+    return in_file
+
+def test_carried_adapter_loads_on_the_new_tiny_model(tmp_path):
+    new = load_decoder('zoo/new')
+    carried = transfer('zoo/adapter', align('zoo/old', new))
+    carried.save(tmp_path/'carried')
+    assert len(check_loads(tmp_path/'carried', new)) == 2*len(ROLES)*new.layers
+    assert f'base_model: {new.name}' in (tmp_path/'carried'/'README.md').read_text()
+
+@pytest.mark.parametrize('settings', [dict(), dict(layers_to_transform=[0, 2]), dict(target_modules=['q_proj', 'down_proj'], rank_pattern={r'layers\.3\.mlp\.down_proj': 7})])
+def test_carried_adapters_of_some_modules_load(decoder, tokenizer, tmp_path, settings):
+    other = random_decoder(tokenizer, hidden=96, layers=6, heads=6, kv_heads=3, head_dim=16, intermediate=120, seed=1)
+    transfer(by_peft(decoder, tmp_path/'a', **settings), align(decoder, other)).save(tmp_path/'carried')
+    check_loads(tmp_path/'carried', other)
+
+# ---- refusals, by name
+
+REFUSED = dict(
+    dora=(dict(use_dora=True), 'lora_magnitude_vector.*DoRA'),
+    embeddings=(dict(target_modules=['q_proj', 'embed_tokens']), 'lora_embedding_.*embeddings are not carried'),
+    head=(dict(target_modules=['q_proj', 'lm_head']), 'lm_head'),
+    full_weights=(dict(modules_to_save=['lm_head']), 'modules_to_save is not carried'),
+    token_indices=(dict(trainable_token_indices=[1, 2]), 'trainable_token_indices is not carried'),
+    biases=(dict(bias='all'), r'bias is not a LoRA update|layernorm.*is not a LoRA update'),
+    lora_bias=(dict(lora_bias=True), r'lora_B\.bias.*lora_bias'),
+    pissa=(dict(init_lora_weights='pissa'), "init_lora_weights='pissa'.*path_initial_model_for_weight_conversion"),
+    pissa_fast=(dict(init_lora_weights='pissa_niter_4'), "init_lora_weights='pissa_niter_4'.*path_initial_model_for_weight_conversion"),
+    olora=(dict(init_lora_weights='olora'), "init_lora_weights='olora'.*path_initial_model_for_weight_conversion"),
+    ia3=(dict(config=IA3Config(target_modules=['k_proj', 'v_proj', 'down_proj'], feedforward_modules=['down_proj'], task_type='CAUSAL_LM')), 'IA3 adapter, not a LoRA'),
+    adalora=(dict(config=AdaLoraConfig(total_step=10, target_modules=['q_proj'], task_type='CAUSAL_LM')), 'ADALORA adapter, not a LoRA'),
+    activated=(dict(alora_invocation_tokens=[5, 6]), 'alora_invocation_tokens is not carried'),
+)
+
+@pytest.fixture(scope='module')
+def to_itself(decoder): return align(decoder, decoder)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', REFUSED)
+def test_refuses(decoder, to_itself, tmp_path, name):
+    settings, message = REFUSED[name]
+    model = random_decoder(decoder.tokenizer, attention_bias=True) if name == 'biases' else decoder
+    with pytest.raises(ValueError, match=message): transfer(by_peft(model, tmp_path/'a', **settings), to_itself)
+
+@pytest.mark.filterwarnings('ignore')
+def test_olora_is_read_after_conversion(decoder, tmp_path):
+    model = get_peft_model(copy.deepcopy(decoder.model), LoraConfig(r=4, init_lora_weights='olora', target_modules=SEVEN, task_type='CAUSAL_LM'))
+    model.peft_config['default'].init_lora_weights = True
+    model.save_pretrained(tmp_path/'start')
+    model.peft_config['default'].init_lora_weights = 'olora'
+    for name, p in model.named_parameters():
+        if 'lora_' in name: p.data += .02*torch.randn_like(p)
+    ids = tokens()
+    with torch.no_grad(): true = model(ids).logits
+    model.save_pretrained(tmp_path/'a', path_initial_model_for_weight_conversion=str(tmp_path/'start'))
+    adapter = Adapter.load(tmp_path/'a')
+    assert error(logits(decoder, ids, adapter), true) <= 1e-4
+    assert {len(A) for A, _ in adapter.updates.values()} == {8}
+
+def nan(tensors): tensors[[*tensors][0]][0, 0] = float('nan')
+def half(tensors): del tensors['base_model.model.model.layers.2.self_attn.v_proj.lora_A.weight']
+def shape(tensors): tensors['base_model.model.model.layers.2.self_attn.v_proj.lora_A.weight'] = torch.ones(3, 64)
+def nothing(tensors): tensors.clear()
+
+@pytest.mark.parametrize('damage, message', [(nan, 'not finite'), (half, r'layers\.2\.self_attn\.v_proj has only lora_B'), (shape, 'do not multiply'), (nothing, 'holds no LoRA update')])
+def test_damaged_tensors(decoder, tmp_path, damage, message):
+    with pytest.raises(ValueError, match=message): Adapter.load(edit(by_peft(decoder, tmp_path/'a'), damage))
+
+@pytest.mark.parametrize('keep', [0, 5, 500, -1])
+def test_truncated_file(decoder, tmp_path, keep):
+    file = by_peft(decoder, tmp_path/'a')/FILE
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match='damaged'): Adapter.load(tmp_path/'a')
+
+def test_missing_or_unreadable_files(decoder, tmp_path):
+    with pytest.raises(FileNotFoundError, match='no such directory'): Adapter.load(tmp_path/'none')
+    path = by_peft(decoder, tmp_path/'a')
+    (path/'adapter_config.json').write_text('{"peft_type": "LORA",')
+    with pytest.raises(ValueError, match='adapter_config.json is not readable'): Adapter.load(path)
+    (path/FILE).unlink()
+    with pytest.raises(FileNotFoundError, match='has no adapter_model.safetensors'): Adapter.load(path)
+
+def test_wrong_model(decoder, adapter, tokenizer):
+    shallow, narrow = random_decoder(tokenizer, layers=2), random_decoder(tokenizer, hidden=48, head_dim=16)
+    with pytest.raises(ValueError, match=r'layers\.2\..*no projection of a block.*another model'):
+        with adapter.on(shallow): pass
+    with pytest.raises(ValueError, match=r'is \d+×\d+, the weight of .* is \d+×\d+: was the adapter trained on another'):
+        with adapter.on(narrow): pass
+
+# ---- all or nothing
+
+def test_existing_output_is_left_alone(adapter, tmp_path):
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'precious').write_text('mine')
+    with pytest.raises(FileExistsError, match='out exists already'): adapter.save(tmp_path/'out')
+    assert [p.name for p in tmp_path.rglob('*')] == ['out', 'precious']
+
+@pytest.mark.parametrize('what', ['adapter', 'alignment'])
+def test_nothing_is_left_of_a_failed_save(adapter, decoder, tmp_path, monkeypatch, what):
+    result = adapter if what == 'adapter' else align(decoder, decoder)
+    def full(*args, **kwargs): raise OSError('No space left on device')
+    monkeypatch.setattr(sys.modules[type(result).__module__], 'save_file', full)
+    with pytest.raises(OSError, match='No space left'): result.save(tmp_path/'deep'/'out')
+    assert [*(tmp_path/'deep').iterdir()] == []
+
+def test_a_directory_made_meanwhile_is_not_overwritten(tmp_path):
+    with pytest.raises(OSError):
+        with new_directory(tmp_path/'out') as tmp:
+            (tmp/'ours').write_text('')
+            (tmp_path/'out').mkdir(); (tmp_path/'out'/'theirs').write_text('')
+    assert [p.name for p in tmp_path.rglob('*')] == ['out', 'theirs']

@@ -1,0 +1,238 @@
+"""The laws that carrying an adapter obeys, with real forward passes: nothing is lost where nothing changed, or where only the coordinates did"""
+from functools import cache
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from peft import LoraConfig, get_peft_model
+from models import effect, effect_error, error, logits, only, random_adapter, random_decoder, tokens, whole
+from lorasuite.adapter import Adapter
+from lorasuite.cka import probe_texts
+from lorasuite.finetune import fresh
+from lorasuite.model import Decoder, ROLES
+from lorasuite.oracle import extend_tokenizer, grow
+from lorasuite.transfer import Alignment, align, transfer
+from lorasuite.zoo import NEW_WORDS, corpus, new_tokenizer
+
+LEAVES = [p.rpartition('.')[2] for p in ROLES.values()]
+PARTS = ['', *LEAVES]                       # '' is the adapter as a whole
+IDENTITY, ORACLE = 1e-4, 1e-3
+
+FEW = probe_texts()[:24]
+
+MODELS = dict(mha=dict(kv_heads=4), gqa=dict(kv_heads=2), mqa=dict(kv_heads=1), mistral=dict(family='mistral'), qwen2=dict(family='qwen2'),
+              tied=dict(tie_word_embeddings=True), wide_heads=dict(head_dim=32))
+
+@pytest.fixture(scope='module')
+def model(tokenizer): return cache(lambda name: random_decoder(tokenizer, **MODELS[name]))
+
+@pytest.fixture(scope='module')
+def trained(model): return cache(lambda name: random_adapter(fresh(model(name), 4)))
+
+# ---- identity: from a model to itself
+
+@pytest.fixture(scope='module')
+def to_itself(model): return cache(lambda name: align(model(name), model(name)))
+
+@pytest.mark.parametrize('name', MODELS)
+def test_maps_to_itself(name, model, to_itself):
+    d, a = model(name), to_itself(name)
+    assert a.layers == [(l, l) for l in range(d.layers)]
+    for maps in a.blocks:
+        assert maps['heads'].tolist() == list(range(d.heads))
+        assert maps['neurons'].tolist() == list(range(d.intermediate))
+
+@pytest.mark.parametrize('part', PARTS)
+@pytest.mark.parametrize('name', MODELS)
+def test_identity(name, part, model, trained, to_itself):
+    adapter = only(trained(name), part)
+    assert effect_error(model(name), adapter, model(name), transfer(adapter, to_itself(name))) <= IDENTITY
+
+def test_identity_of_a_peft_adapter_with_patterns(decoder, tmp_path):
+    config = LoraConfig(r=4, lora_alpha=16, use_rslora=True, target_modules=LEAVES, rank_pattern={'q_proj': 2, r'layers\.1\.mlp\.up_proj': 6},
+                        alpha_pattern={'down_proj': 3, r'layers\.2\.self_attn\.v_proj': 5}, task_type='CAUSAL_LM')
+    peft, ids = get_peft_model(decoder.model, config), tokens()
+    torch.manual_seed(0)
+    for name, p in peft.named_parameters():
+        if 'lora_B' in name: p.data.normal_(std=.05)
+    with torch.no_grad(): changed = peft(ids).logits
+    peft.save_pretrained(tmp_path/'peft')
+    peft.unload()
+    true, adapter = changed - logits(decoder, ids), Adapter.load(tmp_path/'peft')
+    assert error(effect(decoder, ids, adapter), true) <= IDENTITY
+    carried = transfer(adapter, align(decoder, decoder))
+    carried.save(tmp_path/'carried')
+    again = Adapter.load(tmp_path/'carried')
+    assert {p: len(A) for p, (A, _) in again.updates.items()} == {p: len(A) for p, (A, _) in adapter.updates.items()}
+    assert error(effect(decoder, ids, again), true) <= IDENTITY
+
+@pytest.mark.parametrize('rank', [1, 24, 100])
+def test_identity_for_ranks_beyond_a_weight(rank, model, to_itself):
+    adapter = random_adapter(fresh(model('mqa'), rank))
+    assert effect_error(model('mqa'), adapter, model('mqa'), transfer(adapter, to_itself('mqa'))) <= IDENTITY
+
+@pytest.mark.parametrize('axis', ['layers', 'heads', 'intermediate', 'all'])
+def test_identity_of_a_model_with_idle_parts(axis, grown):
+    new = grown('gqa', axis)[0]
+    adapter = random_adapter(fresh(new, 4))
+    assert effect_error(new, adapter, new, transfer(adapter, align(new, new, FEW))) <= IDENTITY
+
+def test_identity_of_an_adapter_of_some_layers(decoder, adapter):
+    some = Adapter({p: ab for p, ab in adapter.updates.items() if '.1.' in p or ('.3.' in p and 'mlp' in p)})
+    carried = transfer(some, align(decoder, decoder))
+    assert carried.updates.keys() == some.updates.keys()
+    assert effect_error(decoder, some, decoder, carried) <= IDENTITY
+
+def test_identity_with_fewer_tokens_than_hidden_directions():
+    small = random_decoder(new_tokenizer(260, seed=1), hidden=320, layers=2, heads=4, intermediate=96)
+    adapter = random_adapter(fresh(small, 4))
+    with pytest.warns(UserWarning, match='share 260 tokens, fewer than the hidden size 320'): a = align(small, small)
+    assert effect_error(small, adapter, small, transfer(adapter, a)) <= IDENTITY
+
+def test_the_published_formula_breaks_the_identity_law(decoder, adapter):
+    assert effect_error(decoder, adapter, decoder, transfer(adapter, align(decoder, decoder, method='paper'))) > .1
+
+# ---- oracle: from a model to a function-preserving enlargement
+
+ALL = dict(hidden=96, layers=6, heads=8, kv_heads=4, intermediate=150)
+AXES = dict(vocabulary=dict(words=True), hidden=dict(hidden=96), layers=dict(layers=6), heads=dict(heads=8, kv_heads=4), attention=dict(heads=4, kv_heads=4),
+            intermediate=dict(intermediate=150), all=dict(words=True, **ALL))
+GROWTHS = ([('gqa', axis) for axis in AXES] + [('mha', 'all'), ('mqa', 'attention'), ('mqa', 'all'), ('mistral', 'all'), ('tied', 'all'), ('wide_heads', 'all')])
+
+def enlarge(old, words=False, seed=2, **sizes):
+    "The enlargement, the true maps, and the new id of every old token"
+    longer, pieces = extend_tokenizer(old.tokenizer, NEW_WORDS if words else [], seed=3)
+    model, truth = grow(old, **sizes, pieces=pieces, seed=seed)
+    new_id = [longer.get_vocab()[t] for t in sorted(old.tokenizer.get_vocab(), key=old.tokenizer.get_vocab().get)]
+    return Decoder(model, longer, 'random/grown'), truth, torch.tensor(new_id)
+
+def check_maps(alignment, truth, old):
+    "Every layer, head and neuron must be where the enlargement put it"
+    assert alignment.layers == list(enumerate(truth.layers))
+    for maps, heads, neurons in zip(alignment.blocks, truth.heads, truth.neurons):
+        assert maps['heads'][heads].tolist() == list(range(old.heads))
+        assert maps['neurons'][neurons].tolist() == list(range(old.intermediate))
+
+@pytest.fixture(scope='module')
+def grown(model):
+    @cache
+    def get(name, axis):
+        new, truth, new_id = enlarge(model(name), **AXES[axis])
+        return new, truth, new_id, align(model(name), new)
+    return get
+
+def test_longer_tokenizer(tokenizer):
+    longer, pieces = extend_tokenizer(tokenizer, NEW_WORDS, seed=3)
+    assert sorted(longer.get_vocab().values()) == list(range(len(pieces))) == list(range(len(tokenizer) + len(NEW_WORDS)))
+    for text in corpus(200, seed=5, news=.3):
+        ids = longer(text).input_ids
+        assert [p for i in ids for p in pieces[i]] == tokenizer(text).input_ids and longer.decode(ids, skip_special_tokens=True).strip() == text
+
+@pytest.mark.parametrize('name, axis', GROWTHS)
+def test_maps_to_an_enlargement(name, axis, model, grown):
+    new, truth, new_id, alignment = grown(name, axis)
+    ids = tokens()
+    assert error(logits(new, new_id[ids])[..., new_id], logits(model(name), ids)) <= IDENTITY
+    check_maps(alignment, truth, model(name))
+
+@pytest.mark.parametrize('part', PARTS)
+@pytest.mark.parametrize('name, axis', GROWTHS)
+def test_oracle(name, axis, part, model, trained, grown):
+    (new, _, new_id, alignment), adapter = grown(name, axis), only(trained(name), part)
+    carried = transfer(adapter, alignment)
+    assert effect_error(model(name), adapter, new, carried, new_id=new_id) <= ORACLE
+    if part == '': assert len(carried.updates) == new.layers*len(ROLES)
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(layers=st.integers(4, 6), hidden=st.integers(64, 100), groups=st.integers(2, 5), intermediate=st.integers(96, 130), seed=st.integers(0, 99))
+def test_oracle_for_any_sizes(decoder, adapter, layers, hidden, groups, intermediate, seed):
+    new, truth, new_id = enlarge(decoder, layers=layers, hidden=hidden, heads=2*groups, kv_heads=groups, intermediate=intermediate, seed=seed)
+    alignment = align(decoder, new, FEW)
+    check_maps(alignment, truth, decoder)
+    assert effect_error(decoder, adapter, new, transfer(adapter, alignment), new_id=new_id) <= ORACLE
+
+@torch.no_grad()
+def rebase(decoder, seed=0):
+    "Turn the axes inside every head and rescale every neuron, without changing what the model computes"
+    g, h, kv, n = torch.Generator().manual_seed(seed), decoder.head_size, decoder.kv_heads, decoder.heads
+    for l in range(decoder.layers):
+        q, k, v, o, up, down = (decoder.module(l, r).weight for r in ('q', 'k', 'v', 'o', 'up', 'down'))
+        angle, c = 6*torch.rand(kv, h//2, generator=g), .5 + torch.rand(kv, generator=g)[:, None, None]
+        cos, sin = torch.diag_embed(angle.cos()), torch.diag_embed(angle.sin())
+        turn = torch.cat([torch.cat([cos, -sin], 2), torch.cat([sin, cos], 2)], 1)              # commutes with the rotary embedding
+        mix = torch.eye(h) + .1*torch.randn(kv, h, h, generator=g)
+        rows = lambda W, M: W.copy_((M.repeat_interleave(len(W)//h//kv, 0)@W.view(-1, h, W.shape[1])).view_as(W))
+        rows(q, c*turn), rows(k, turn/c), rows(v, mix)
+        o.copy_((o.view(-1, n, h).transpose(0, 1)@mix.inverse().repeat_interleave(n//kv, 0)).transpose(0, 1).reshape_as(o))
+        scale = (.5 + torch.rand(decoder.intermediate, generator=g))*(torch.rand(decoder.intermediate, generator=g) - .5).sign()
+        up.mul_(scale[:, None]), down.div_(scale)
+
+@pytest.mark.parametrize('name', ['mha', 'gqa', 'mqa'])
+def test_oracle_with_other_axes_inside_heads_and_neurons(name, model, trained):
+    new, truth, new_id = enlarge(model(name), **ALL)
+    rebase(new)
+    ids, alignment = tokens(), align(model(name), new, FEW)
+    assert error(logits(new, new_id[ids])[..., new_id], logits(model(name), ids)) <= IDENTITY
+    check_maps(alignment, truth, model(name))
+    for part in PARTS:
+        adapter = only(trained(name), part)
+        assert effect_error(model(name), adapter, new, transfer(adapter, alignment), new_id=new_id) <= ORACLE, part
+
+def test_grow_refuses_what_it_cannot_keep(model):
+    with pytest.raises(ValueError, match='q_proj has a bias'): grow(model('qwen2'), hidden=96)
+    with pytest.raises(ValueError, match='has a bias'): grow(random_decoder(model('gqa').tokenizer, mlp_bias=True), hidden=96)
+    with pytest.raises(ValueError, match='smaller than the old'): grow(model('gqa'), hidden=48)
+    with pytest.raises(ValueError, match='do not fit'): grow(model('mha'), heads=4, kv_heads=2)
+
+# ---- saving, linearity, scale, composition
+
+def test_a_saved_alignment_carries_the_same(trained, grown, tmp_path):
+    alignment = grown('gqa', 'all')[-1]
+    alignment.save(tmp_path/'alignment')
+    again = Alignment.load(tmp_path/'alignment')
+    assert again.layers == alignment.layers and again.fit == alignment.fit and again.old == alignment.old
+    assert error(whole(transfer(trained('gqa'), again)), whole(transfer(trained('gqa'), alignment))) <= 1e-5
+
+def test_alignments_that_cannot_be_read(grown, tmp_path):
+    with pytest.raises(ValueError, match='not a readable alignment'): Alignment.load(tmp_path/'none')
+    grown('gqa', 'all')[-1].save(tmp_path/'alignment')
+    with pytest.raises(FileExistsError, match='exists already'): grown('gqa', 'all')[-1].save(tmp_path/'alignment')
+    tensors = tmp_path/'alignment'/'alignment.safetensors'
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    with pytest.raises(ValueError, match='not a readable alignment'): Alignment.load(tmp_path/'alignment')
+
+def combine(a, b, c=1.):
+    "The adapter whose updates are a + c b"
+    return Adapter({p: (torch.cat([A, b.updates[p][0]]), torch.cat([B, c*b.updates[p][1]], 1)) for p, (A, B) in a.updates.items()}, a.base, a.layers)
+
+@pytest.mark.parametrize('method', ['exact', 'paper'])
+def test_linear(method, model, trained, grown):
+    alignment = align(model('gqa'), grown('gqa', 'all')[0], method=method)
+    a, b = trained('gqa'), random_adapter(trained('gqa'), seed=1)
+    carried, summed = [whole(transfer(x, alignment)) for x in (a, b)], whole(transfer(combine(a, b, 3.), alignment))
+    assert error(summed, carried[0] + 3*carried[1]) <= 1e-5
+
+def test_composition(model, trained, grown):
+    near, adapter = grown('gqa', 'all')[0], trained('gqa')
+    far, *_ = enlarge(near, hidden=128, layers=8, heads=12, kv_heads=6, intermediate=200, seed=5)
+    twice = transfer(transfer(adapter, grown('gqa', 'all')[-1]), align(near, far, FEW))
+    once = transfer(adapter, align(model('gqa'), far, FEW))
+    assert error(whole(twice), whole(once)) <= ORACLE
+
+# ---- smaller models, other head sizes: no law, but nothing may break
+
+def test_to_a_smaller_model(trained, model, grown):
+    big, small = grown('gqa', 'all')[0], random_decoder(model('gqa').tokenizer, hidden=48, layers=3, heads=2, kv_heads=1, intermediate=64, head_dim=16)
+    alignment = align(big, small, FEW)
+    carried = transfer(random_adapter(fresh(big, 4)), alignment)
+    assert effect(small, tokens(), carried).isfinite().all() and len(carried.updates) == 3*len(ROLES)
+    assert [b for _, b in alignment.layers] == [0, 1, 2]
+
+def test_other_head_sizes_warn(model, trained):
+    other = random_decoder(model('gqa').tokenizer, head_dim=32)
+    with pytest.warns(UserWarning, match='head sizes differ'): alignment = align(model('gqa'), other)
+    assert effect(other, tokens(), transfer(trained('gqa'), alignment)).isfinite().all()
+
+def test_wrong_adapter_for_an_alignment(grown, model):
+    alignment = grown('gqa', 'all')[-1]
+    with pytest.raises(ValueError, match='was it trained on another model'): transfer(fresh(grown('gqa', 'all')[0], 4), alignment)
+    with pytest.raises(ValueError, match='k_proj is 64×64, the weight of .* is 32×64'): transfer(fresh(model('wide_heads'), 4), alignment)
+    with pytest.raises(ValueError, match='choose one of exact, paper'): align(model('gqa'), model('gqa'), method='best')
