@@ -6,11 +6,11 @@
 __all__ = ['PREFIX', 'REFUSED', 'PLAIN_STARTS', 'NOT_CARRIED', 'parse_key', 'check_pair', 'split_keys', 'scaling', 'check_config',
            'adapter_dir', 'new_directory', 'check_fit', 'Adapter', 'balance']
 
-# %% ../nbs/02_adapter.ipynb #0c20c5fe
+# %% ../nbs/02_adapter.ipynb #156bdd97
 import json, os, shutil, tempfile
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -138,7 +138,7 @@ def check_fit(
             raise ValueError(f'the update of {path} is {B.shape[0]}×{A.shape[1]}, the weight of {decoder.name} is {"×".join(map(str, shapes[path]))}: '
                              'was the adapter trained on another model?')
 
-# %% ../nbs/02_adapter.ipynb #acad07da
+# %% ../nbs/02_adapter.ipynb #1427e87e
 @dataclass
 class Adapter:
     "Updates `ΔW = B A` of named modules; the scale α/r is baked into B"
@@ -201,7 +201,7 @@ class Adapter:
         check_fit(self, decoder)
         training, flags = decoder.model.training, [(p, p.requires_grad) for p in decoder.model.parameters()]
         with tempfile.TemporaryDirectory() as d:
-            self.save(Path(d)/'adapter')
+            replace(self, base='').save(Path(d)/'adapter')
             model = PeftModel.from_pretrained(decoder.model, str(Path(d)/'adapter'), is_trainable=trainable)
         try: yield model
         finally:

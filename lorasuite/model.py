@@ -45,7 +45,7 @@ def check_block(
         kind = type(parts[name]).__name__
         if 'RMSNorm' not in kind: raise ValueError(f'{path}.{name} is a {kind}: lorasuite reads RMSNorm models')
 
-# %% ../nbs/01_model.ipynb #ce48c98c
+# %% ../nbs/01_model.ipynb #f3b743df
 class Decoder:
     "A decoder-only language model as a stack of blocks: its sizes, and its weights by layer and role"
     def __init__(self,
@@ -54,6 +54,7 @@ class Decoder:
         name:str|None=None,                           # directory or Hub id, as written into adapters
     ):
         self.model, self.tokenizer, self.name = model, tokenizer, str(name or model.config._name_or_path)
+        if tokenizer is not None and tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
         self.stack, self.blocks = find_blocks(model)
         for l, block in enumerate(self.blocks): check_block(f'{self.stack}.{l}', block)
         self.layers, self.heads = len(self.blocks), model.config.num_attention_heads
