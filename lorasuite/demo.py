@@ -206,7 +206,7 @@ def plot_arms(
     ax.set(xlabel='accuracy on the test questions', xlim=(0, 1))
     return ax
 
-# %% ../nbs/12_demo.ipynb #0b42e7ed
+# %% ../nbs/12_demo.ipynb #ad7c0ae6
 def save_plots(
     path:Path,          # directory to write to
     done:list[Arm],     # the arms
@@ -225,7 +225,7 @@ def save_plots(
     draw('cka', lambda ax: plot_layer_map(ours.cka, ours.layers, ax).set_title('CKA of what layers add, and the chosen pairs'))
     draw('head_map', lambda ax: plot_head_map(similarity, maps['heads'], ax).set_title(f'heads of old layer {l} and new layer {l2}'), (6, 4))
     draw('transfer_matrix', lambda ax: plot_spectrum({'least squares (published)': paper.read, 'scaled isometry (ours)': ours.write}, ax)
-         .set_title(f"transfer matrix: R² {paper.fit['r2']:.3f} published, {ours.fit['r2']:.3f} ours"))
+         .set_title(f"R²: {paper.fit['r2']:.4f} published, {ours.fit['r2']:.4f} ours"))
     draw('finetuning', lambda ax: plot_losses({a.arm: a.losses for a in done if any(a.losses)}, ax).set_title('light fine-tuning on 100 examples'))
     draw('arms', lambda ax: plot_arms(done, ax).set_title('one adapter, one new model'), (6, 4))
 
