@@ -124,9 +124,9 @@ def new_directory(
         tmp.rename(path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/02_adapter.ipynb #51a9f879
+# %% ../nbs/02_adapter.ipynb #44497681
 def check_fit(
-    adapter:'Adapter',  # updates
+    adapter,            # an `Adapter`
     decoder:Decoder,    # the model that they are meant for
 ):
     "Raise `ValueError` naming the first update that has no module of its shape in `decoder`"
