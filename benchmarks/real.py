@@ -72,7 +72,8 @@ def enlarge(old:Decoder, path:Path) -> tuple[Truth, torch.Tensor]:
     longer, pieces = extend_tokenizer(old.tokenizer, WORDS)
     model, truth = grow(old, **SIZES, pieces=pieces)
     model.save_pretrained(path), longer.save_pretrained(path)
-    return truth, torch.tensor([longer.get_vocab()[t] for t in sorted(old.tokenizer.get_vocab(), key=old.tokenizer.get_vocab().get)])
+    before, after = old.tokenizer.get_vocab(), longer.get_vocab()
+    return truth, torch.tensor([after[t] for t in sorted(before, key=before.get)])
 
 def lorasuite(*args) -> tuple[float, float]:
     "Run the command; seconds, peak memory in GiB"

@@ -101,8 +101,8 @@ def enlarge(old, words=False, seed=2, **sizes):
     "The enlargement, the true maps, and the new id of every old token"
     longer, pieces = extend_tokenizer(old.tokenizer, NEW_WORDS if words else [], seed=3)
     model, truth = grow(old, **sizes, pieces=pieces, seed=seed)
-    new_id = [longer.get_vocab()[t] for t in sorted(old.tokenizer.get_vocab(), key=old.tokenizer.get_vocab().get)]
-    return Decoder(model, longer, 'random/grown'), truth, torch.tensor(new_id)
+    before, after = old.tokenizer.get_vocab(), longer.get_vocab()
+    return Decoder(model, longer, 'random/grown'), truth, torch.tensor([after[t] for t in sorted(before, key=before.get)])
 
 def check_maps(alignment, truth, old):
     "Every layer, head and neuron must be where the enlargement put it"
