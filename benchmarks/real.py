@@ -47,7 +47,7 @@ def prepare():
         loaded, tokenizer = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
         config = copy.deepcopy(loaded.config)
-        if hasattr(config, 'quantization_config'): del config.quantization_config
+        config.__dict__.pop('quantization_config', None)        # with it, transformers will not save the weights
         model = type(loaded)(config).eval()
         model.load_state_dict(loaded.state_dict())
         if (ppl := perplexity(model, tokenizer)) > 40: raise ValueError(f'perplexity {ppl:.0f} on plain English: the model was not read rightly')
@@ -58,12 +58,12 @@ def train(old:Decoder):
     "A LoRA for short sums: rank 8, all seven linears, rsLoRA"
     if ADAPTER.is_dir(): return
     rng = random.Random(0)
-    sums = [(rng.randint(10, 59), rng.randint(10, 39)) for _ in range(640)]
-    rows = [encode(dict(instruction=f'What is {x} plus {y}?', output=str(x + y)), old.tokenizer) for x, y in sums]
+    rows = [encode(dict(instruction=f'What is {x} plus {y}?', output=str(x + y)), old.tokenizer) for x, y in ((rng.randint(10, 59), rng.randint(10, 39)) for _ in range(640))]
     torch.manual_seed(0)
     peft = get_peft_model(old.model, LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=[p.split('.')[1] for p in ROLES.values()], task_type='CAUSAL_LM'))
     losses = fit(peft, rows, old.tokenizer, steps=40, lr=1e-3, progress=True)
-    peft.save_pretrained(ADAPTER)
+    peft.save_pretrained(part := CACHE/'adapter.part')
+    part.rename(ADAPTER)
     peft.unload().eval()
     print(f'loss {losses[0]:.2f} -> {losses[-1]:.2f}')
 
@@ -85,11 +85,10 @@ def lorasuite(*args) -> tuple[float, float]:
 @torch.no_grad()
 def effect(decoder:Decoder, adapter:Adapter, new_id:torch.Tensor) -> torch.Tensor:
     "What the adapter adds to the logits of the old vocabulary, on all texts"
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ids = [new_id[torch.tensor([tokenizer(t).input_ids])] for t in TEXTS]
-    for t, i in zip(TEXTS, ids): assert decoder.tokenizer(t).input_ids == i[0].tolist(), 'the tokenizers cut this text differently'
+    ids = [new_id[torch.tensor([i])] for i in AutoTokenizer.from_pretrained(MODEL)(TEXTS).input_ids]
+    assert [decoder.tokenizer(t).input_ids for t in TEXTS] == [i[0].tolist() for i in ids], 'the tokenizers cut a text differently'
     before = [decoder.model(i).logits for i in ids]
-    with adapter.on(decoder) as model: return torch.cat([(model(i).logits - b)[0] for i, b in zip(ids, before)])[:, new_id]
+    with adapter.on(decoder) as model: return torch.cat([(model(i).logits - b)[0] for i, b in zip(ids, before)])[:, new_id].double()
 
 def right(alignment:Alignment, truth:Truth) -> dict:
     "Shares of layers, heads and neurons that were found"
@@ -121,8 +120,8 @@ def main():
     print(f'{old}\nperplexity on plain English {perplexity(old.model, old.tokenizer):.1f}')
     say('a LoRA for short sums'); train(old)
     same, true = torch.arange(old.vocab), effect(old, Adapter.load(ADAPTER), torch.arange(old.vocab))
-    with tempfile.TemporaryDirectory(dir=CACHE) as tmp:
-        tmp = Path(tmp)
+    with tempfile.TemporaryDirectory(dir=CACHE) as d:
+        tmp = Path(d)
         say('a function-preserving enlargement')
         truth, new_id = enlarge(old, tmp/'enlarged')
         itself = Truth(torch.eye(old.hidden), [*range(old.layers)], [[*range(old.heads)]]*old.layers, [[*range(old.intermediate)]]*old.layers)

@@ -1,8 +1,11 @@
 """The laws that carrying an adapter obeys, with real forward passes: nothing is lost where nothing changed, or where only the coordinates did"""
+import json
 from functools import cache
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 from models import effect, effect_error, error, logits, only, random_adapter, random_decoder, tokens, whole
 from lorasuite.adapter import Adapter
 from lorasuite.cka import probe_texts
@@ -86,6 +89,12 @@ def test_identity_with_fewer_tokens_than_hidden_directions():
     adapter = random_adapter(fresh(small, 4))
     with pytest.warns(UserWarning, match='share 260 tokens, fewer than the hidden size 320'): a = align(small, small)
     assert effect_error(small, adapter, small, transfer(adapter, a)) <= IDENTITY
+
+def test_identity_without_a_padding_token(tokenizer):
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | dict(padding=None)
+    bare = random_decoder(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token='<eos>'))
+    adapter = random_adapter(fresh(bare, 4))
+    assert effect_error(bare, adapter, bare, transfer(adapter, align(bare, bare, FEW))) <= IDENTITY
 
 def test_the_published_formula_breaks_the_identity_law(decoder, adapter):
     assert effect_error(decoder, adapter, decoder, transfer(adapter, align(decoder, decoder, method='paper'))) > .1
