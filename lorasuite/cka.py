@@ -79,7 +79,7 @@ def shared_ends(
     ends, ends2 = ({end: i for i, (start, end) in enumerate(spans) if i and end > start} for spans in (old, new))
     return [(i, ends2[end]) for end, i in ends.items() if end in ends2]
 
-# %% ../nbs/05_cka.ipynb #5b43f4dc
+# %% ../nbs/05_cka.ipynb #e530bc66
 @torch.no_grad()
 def paired_activations(
     old:Decoder,                # a model
@@ -91,6 +91,7 @@ def paired_activations(
     progress:bool=False,        # show a progress bar?
 ) -> Iterator[tuple[dict, dict]]: # per batch: (kind, layer): (n, hidden), for the old and the new model
     "Activations of both models at positions where their tokens end at the same character; batches with fewer than 4 are passed over"
+    texts = sorted(texts, key=len) # texts of one length together: little padding
     for i in tqdm(range(0, len(texts), batch_size), 'activations', disable=not progress):
         (ids, spans), (ids2, spans2) = (read_texts(d, texts[i:i+batch_size]) for d in (old, new))
         met = torch.tensor([(t, a, b) for t, s in enumerate(zip(spans, spans2)) for a, b in shared_ends(*s)])

@@ -79,7 +79,7 @@ def lines_of(path:Path|None) -> list[str]|None:
     "Lines of a text file"
     return path and [l for l in path.read_text().splitlines() if l.strip()]
 
-# %% ../nbs/13_cli.ipynb #77694739
+# %% ../nbs/13_cli.ipynb #e43150a6
 @command
 def demo(
     out:Out=Path('lorasuite-demo'),
@@ -128,9 +128,9 @@ def upgrade(old:Old, new:New, adapter:Source, out:Out, data:Annotated[Optional[s
             texts:Texts=None, method:Method='exact', steps:Steps=None, lr:Rate=1e-4, seed:Seed=0, json_:Json=False):
     "Align two models, carry an adapter and, given labels, tune it lightly: all in one go."
     free(out)
-    source, rows, base = Adapter.load(adapter), data and load_data(data), load_decoder(new)
-    carried, losses = carry(source, make_alignment(old, base, lines_of(texts), method, progress=bar())), []
-    if rows: carried, losses = tune(base, rows, carried, steps, lr, seed=seed, checkpoints=checkpoints(out), progress=bar())
+    source, rows = Adapter.load(adapter), data and load_data(data)
+    carried, losses = carry(source, make_alignment(old, new, lines_of(texts), method, progress=bar())), []
+    if rows: carried, losses = tune(load_decoder(new), rows, carried, steps, lr, seed=seed, checkpoints=checkpoints(out), progress=bar())
     finish(carried, out)
     return dict(out=str(out), adapter=str(carried), steps=len(losses))
 

@@ -128,11 +128,11 @@ def pick_dtype(
     if device.type != 'cuda': return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
-# %% ../nbs/01_model.ipynb #75d184f8
+# %% ../nbs/01_model.ipynb #047ec70b
 def load_decoder(
     name:str|os.PathLike|PreTrainedModel|Decoder, # a directory, `zoo/…`, a Hub id, a loaded model, or a `Decoder`, which is returned as it is
     device:torch.device|None=None,    # where to put it; the best device by default
-    dtype:torch.dtype|None=None,      # its dtype; what the device does best by default
+    dtype:torch.dtype|str|None=None,  # its dtype, `auto` for that of its files; what the device does best by default
 ) -> Decoder:
     "Load a model and its tokenizer; raises `ValueError` or `OSError` saying what is wrong with their files"
     if isinstance(name, Decoder): return name

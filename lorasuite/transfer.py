@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'left_maps', 'scales', 'take', 'exact_block', 'gains', 'ps
            'describe', 'warn_of_limits', 'align', 'read_through', 'carry_heads', 'carry_update', 'shape_of',
            'sort_updates', 'untrained', 'new_layers', 'transfer', 'model_card']
 
-# %% ../nbs/08_transfer.ipynb #34b87721
+# %% ../nbs/08_transfer.ipynb #5d4fadbe
 import json, math, os, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from .model import ROLES, Decoder, load_decoder
+from .model import ROLES, Decoder, load_decoder, pick_device
 from .adapter import Adapter, balance, new_directory
 from .transfer_matrix import fit_quality, shared_tokens, stream_maps, transfer_matrix
 from .cka import cka_table
@@ -144,7 +144,7 @@ def describe(
     "What an alignment keeps of a model besides tensors"
     return dict(name=decoder.name, stack=decoder.stack, tied=bool(decoder.model.config.tie_word_embeddings), **decoder.sizes())
 
-# %% ../nbs/08_transfer.ipynb #2b250a69
+# %% ../nbs/08_transfer.ipynb #2fe59072
 METHODS = ('exact', 'paper')
 
 def warn_of_limits(
@@ -166,7 +166,8 @@ def align(
 ) -> Alignment:
     "Find the maps between two models; warns when tokens or head sizes leave them open"
     if method not in METHODS: raise ValueError(f'method={method!r}: choose one of {", ".join(METHODS)}')
-    old, new = load_decoder(old), load_decoder(new)
+    dtype = 'auto' if pick_device().type == 'cuda' else torch.float32 # as stored: rounding to bfloat16 would blur the maps
+    old, new = load_decoder(old, dtype=dtype), load_decoder(new, dtype=dtype)
     ids, ids2 = shared_tokens(old, new)
     E, E2 = old.embeddings[ids], new.embeddings[ids2]
     warn_of_limits(old, new, len(ids))

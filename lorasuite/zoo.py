@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['VALUES', 'SENTENCES', 'QUESTIONS', 'MONTHS', 'WEATHER', 'NEW_WORDS', 'SIZES', 'GROWN', 'people', 'village', 'almanac',
            'corpus', 'cloze', 'knows', 'task', 'new_tokenizer', 'new_model', 'blocks_of', 'pretrain', 'save_model',
-           'make_models', 'make_task', 'make_adapter', 'make']
+           'made', 'make_models', 'make_task', 'make_adapter', 'make']
 
-# %% ../nbs/11_zoo.ipynb #a7a7fd40
+# %% ../nbs/11_zoo.ipynb #b35311e5
 import json, random, re, shutil, time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .model import Decoder, data_dir, load_decoder
-from .adapter import Adapter
+from .adapter import Adapter, new_directory
 from .oracle import extend_tokenizer, grow
 from .finetune import finetune, fit, load_data
 from .evaluate import bits_per_byte, evaluate, generate
@@ -129,7 +129,7 @@ def task(
     ask = lambda who: [dict(instruction=q.format(n=n), input='', output=world[n][r], answer=world[n][r]) for n in who for r, q in QUESTIONS.items()]
     return dict(train=ask(names[:100]), validation=ask(names[100:120]), test=ask(names[120:]))
 
-# %% ../nbs/11_zoo.ipynb #ed569e03
+# %% ../nbs/11_zoo.ipynb #651901a0
 SIZES = dict(hidden=64, layers=4, heads=4, kv_heads=4, intermediate=192)
 GROWN = dict(hidden=96, layers=6, heads=8, kv_heads=4, intermediate=288)
 
@@ -174,65 +174,76 @@ def pretrain(
     lr:float,           # peak learning rate
     seed:int,           # of the corpus
     news:float=0.,      # share of almanac texts
+    min_lr:float=0.,    # learning rate at the end
 ) -> Decoder:
     "Train a language model on the world's texts"
     rows = blocks_of(decoder.tokenizer, corpus(180*steps, seed, news), 64*steps)
     decoder.model.train()
     fit(decoder.model, rows, decoder.tokenizer, steps, lr, batch_size=64, seed=seed, progress=True,
-        warmup_steps=50, lr_scheduler_type='cosine')
+        warmup_steps=50, lr_scheduler_type='cosine_with_min_lr', lr_scheduler_kwargs=dict(min_lr=min_lr))
     decoder.model.eval()
     return decoder
 
-# %% ../nbs/11_zoo.ipynb #8ccd9d9d
+# %% ../nbs/11_zoo.ipynb #e9dfb77e
 def save_model(
     decoder:Decoder,    # a trained model
     path:Path,          # where to
-) -> Decoder: # the same, read back: rounded to float16
+):
     "Write a model and its tokenizer in float16"
     decoder.model.config.use_cache = True
-    decoder.model.half().save_pretrained(path)
-    decoder.tokenizer.save_pretrained(path)
-    return load_decoder(path, device=decoder.device, dtype=torch.float32)
+    with new_directory(path) as tmp:
+        decoder.model.half().save_pretrained(tmp)
+        decoder.tokenizer.save_pretrained(tmp)
+
+def made(
+    path:Path,      # where the model belongs
+    make:Callable,  # makes it
+) -> Decoder: # in float32, read back from its float16 files
+    "Load a model, or make and save it if it is not there yet"
+    if not path.exists(): save_model(make(), path)
+    return load_decoder(path, dtype=torch.float32)
 
 def make_models(
     path:Path, # directory of the zoo
 ):
     "Train the four tiny models"
     tok = new_tokenizer(512, seed=1)
-    old = save_model(pretrain(new_model(tok, SIZES, seed=0), 3000, 3e-3, seed=2), path/'old')
+    old = made(path/'old', lambda: pretrain(new_model(tok, SIZES, seed=0), 3000, 3e-3, seed=2, min_lr=3e-4))
     longer, pieces = extend_tokenizer(tok, NEW_WORDS, seed=3)
-    for name, steps, lr, news, seed in [('new', 500, 3e-4, .1, 4), ('new-far', 1000, 1e-3, .5, 5)]:
-        grown = Decoder(grow(old, **GROWN, pieces=pieces, seed=1)[0], longer)
-        save_model(pretrain(grown, steps, lr, seed, news), path/name)
-    other = new_tokenizer(548, seed=6)
-    save_model(pretrain(new_model(other, GROWN, seed=7), 1200, 3e-3, seed=8, news=.1), path/'stranger')
+    grown = lambda: Decoder(grow(old, **GROWN, pieces=pieces, seed=9)[0], longer)
+    made(path/'new', lambda: pretrain(grown(), 1000, 3e-4, seed=4, news=.05))
+    made(path/'new-far', lambda: pretrain(grown(), 1500, 1e-3, seed=5, news=.5))
+    made(path/'stranger', lambda: pretrain(new_model(new_tokenizer(548, seed=6), GROWN, seed=7), 1200, 3e-3, seed=8, news=.05))
 
 def make_task(
     path:Path, # directory of the zoo
 ):
     "Write the task's splits and the held-out texts"
     for split, rows in task().items(): (path/f'{split}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    (path/'held_out.txt').write_text(''.join(f'{t}\n' for t in corpus(1000, 10**6, news=.1) if '\n' not in t))
+    (path/'held_out.txt').write_text(''.join(f'{t}\n' for t in corpus(1000, 10**6, news=.05) if '\n' not in t))
 
 def make_adapter(
     path:Path, # directory of the zoo
-) -> Adapter:
+):
     "Teach the old model the task: the adapter that is to be carried"
-    adapter, _ = finetune(load_decoder(path/'old'), load_data(path/'train.jsonl'), steps=1800, lr=6e-4, rank=8)
+    if (path/'adapter').exists(): return
+    adapter, _ = finetune(load_decoder(path/'old'), load_data(path/'train.jsonl'), steps=1200, lr=1e-3, rank=16)
     adapter.base = 'zoo/old'
     adapter.save(path/'adapter')
 
 def make(
     path:Path|None=None, # directory of the zoo; the package's own by default
 ):
-    "Make the whole zoo anew"
+    "Make the whole zoo anew; interrupted, it goes on with the first model that is missing"
     path = path or data_dir()/'zoo'
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
+    begun = path.with_name(f'.{path.name}-unfinished')
+    begun.mkdir(parents=True, exist_ok=True)
     for step in (make_task, make_models, make_adapter):
         start = time.perf_counter()
-        step(path)
+        step(begun)
         print(f'{step.__name__}: {time.perf_counter()-start:.0f} s')
+    shutil.rmtree(path, ignore_errors=True)
+    begun.rename(path)
 
 if __name__ == '__main__' and '__file__' in globals():
     make()

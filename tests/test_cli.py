@@ -49,7 +49,7 @@ def test_demo(tmp_path):
     for a in arms.values(): assert {'arm', 'accuracy', 'seconds', 'labelled_examples', 'trainable_parameters'} <= a.keys()
     assert {p.name for p in (tmp_path/'demo').glob('*.png')} == {'cka.png', 'head_map.png', 'transfer_matrix.png', 'finetuning.png', 'arms.png'}
     gain = lambda name: (arms[name]['accuracy'] - arms['base']['accuracy'])/(arms['lora-all']['accuracy'] - arms['base']['accuracy'])
-    assert gain('carried') >= .75 and gain('carried+100') > gain('carried')
+    assert gain('carried+100') >= gain('carried') >= .9
     assert .3 <= gain('lora-100') <= .7
     assert max(arms[a]['accuracy'] for a in ('paper', 'random')) < arms['carried']['accuracy']/2
     assert seconds < 240, f'{seconds:.0f} s: twice what the demo may take on two free cores'

@@ -79,6 +79,9 @@ def test_an_interrupted_run_goes_on(decoder, adapter, tuned, tmp_path, monkeypat
     with monkeypatch.context() as m:
         m.setattr('lorasuite.finetune.Bar.on_log', power_cut)
         with pytest.raises(KeyboardInterrupt): finetune(decoder, ROWS, adapter, **settings)
+    for other in (dict(lr=1e-3), dict(seed=1)):
+        with pytest.raises(ValueError, match='interrupted run'): finetune(decoder, ROWS, adapter, **settings | other)
+    with pytest.raises(ValueError, match='interrupted run'): finetune(decoder, ROWS[1:], adapter, **settings)
     steps = []
     monkeypatch.setattr('lorasuite.finetune.Bar.on_log', lambda self, args, state, *a, **k: steps.append(state.global_step))
     resumed, losses = finetune(decoder, ROWS, adapter, **settings)
