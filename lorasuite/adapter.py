@@ -6,7 +6,7 @@
 __all__ = ['PREFIX', 'REFUSED', 'PLAIN_STARTS', 'NOT_CARRIED', 'parse_key', 'check_pair', 'split_keys', 'scaling', 'check_config',
            'adapter_dir', 'new_directory', 'check_fit', 'Adapter', 'balance']
 
-# %% ../nbs/02_adapter.ipynb #156bdd97
+# %% ../nbs/02_adapter.ipynb #c2579940
 import json, os, shutil, tempfile
 from collections import Counter
 from contextlib import contextmanager
@@ -15,70 +15,76 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .model import ROLES, Decoder, resolve
 
-# %% ../nbs/02_adapter.ipynb #81a52984
+# %% ../nbs/02_adapter.ipynb #39ae7c67
 PREFIX = 'base_model.model.'
 REFUSED = {
     'lora_magnitude_vector': 'DoRA makes ΔW dense: merge it into the base and extract a LoRA again',
     'lora_embedding_': 'updates of embeddings are not carried: train without embedding targets',
-    'lora_E': 'AdaLoRA is not carried: convert it to a plain LoRA first',
     'lora_B.bias': 'lora_bias is not carried: train without it',
 }
 
 def parse_key(
     key:str,    # of a tensor in an adapter file
     file:Path,  # the file, for messages
-) -> tuple[str, str]: # module path, `A` or `B`
+) -> tuple[str, str]: # module path, `A`, `B` or `E`
     "Take a key apart; raises `ValueError` for what is not a LoRA update"
     path, mark, side = key.removeprefix(PREFIX).removesuffix('.weight').rpartition('.lora_')
-    if key.startswith(PREFIX) and key.endswith('.weight') and mark and side in ('A', 'B'): return path, side
+    if key.startswith(PREFIX) and mark and side in ('A', 'B', 'E'): return path, side
     for mark, why in REFUSED.items():
         if mark in key: raise ValueError(f'{file}: {key}: {why}')
     raise ValueError(f'{file}: {key} is not a LoRA update: train without `modules_to_save`, resized embeddings, biases or other full weights')
 
 def check_pair(
     path:str,               # module path
-    pair:dict[str, Tensor], # `A` and `B`
+    pair:dict[str, Tensor], # its factors
+    sides:str,              # which it must have: `AB`, or `ABE`
     file:Path,              # the file, for messages
 ):
-    "Raise `ValueError` unless both factors are there, multiply, and are finite"
-    if len(pair) < 2: raise ValueError(f'{file}: {path} has only lora_{[*pair][0]}: the file is incomplete, save the adapter again')
+    "Raise `ValueError` unless all factors are there, multiply, and are finite"
+    names = lambda sides: ' and '.join(f'lora_{s}' for s in sorted(sides))
+    if pair.keys() != {*sides}: raise ValueError(f'{file}: {path} has {names(pair)}, but should have {names(sides)}: the file is incomplete or its configuration another\'s, save the adapter again')
     A, B = pair['A'], pair['B']
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-        raise ValueError(f'{file}: {path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not multiply')
-    if not (A.isfinite().all() and B.isfinite().all()): raise ValueError(f'{file}: {path} has values that are not finite: the adapter is damaged, save it again')
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or ('E' in pair and pair['E'].shape != (len(A), 1)):
+        raise ValueError(f'{file}: {path}: ' + ', '.join(f'lora_{s} {tuple(t.shape)}' for s, t in sorted(pair.items())) + ' do not multiply')
+    if not all(t.isfinite().all() for t in pair.values()): raise ValueError(f'{file}: {path} has values that are not finite: the adapter is damaged, save it again')
 
 def split_keys(
     tensors:dict[str, Tensor], # key in the file: tensor
     file:Path,                 # the file, for messages
+    sides:str='AB',            # the factors of every module; `ABE` for AdaLoRA
 ) -> dict[str, dict]: # module path: {'A': (rank, in), 'B': (out, rank)}
-    "Sort the tensors of an adapter file by module"
+    "Sort the tensors of an adapter file by module, with AdaLoRA's singular values multiplied into A; modules of rank zero have no update"
     for key in tensors:
         if any(mark in key for mark in REFUSED): parse_key(key, file)
     pairs = {}
     for key, t in tensors.items():
         path, side = parse_key(key, file)
         pairs.setdefault(path, {})[side] = t
-    for path, pair in pairs.items(): check_pair(path, pair, file)
+    for path, pair in pairs.items():
+        check_pair(path, pair, sides, file)
+        if 'E' in pair: pair['A'] = pair['A']*pair.pop('E')
+    pairs = {path: pair for path, pair in pairs.items() if len(pair['A'])}
     if not pairs: raise ValueError(f'{file} holds no LoRA update')
     return pairs
 
-# %% ../nbs/02_adapter.ipynb #09215c30
+# %% ../nbs/02_adapter.ipynb #10c701b3
 def scaling(
     config:LoraConfig, # the adapter's configuration
     path:str,          # module path
     rank:int,          # rank of its update
 ) -> float: # what PEFT multiplies B A by
-    "α/r, or α/√r for rsLoRA, with PEFT's patterns for single modules"
+    "α/r, or α/√r for rsLoRA, with PEFT's patterns for single modules; AdaLoRA goes on dividing by the rank that it began with"
+    if isinstance(config, AdaLoraConfig): return (config.lora_alpha if config.lora_alpha > 0 else rank)/(config.init_r + 1e-5)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), path), config.lora_alpha)
     return alpha/(rank**.5 if config.use_rslora else rank)
 
-# %% ../nbs/02_adapter.ipynb #e4aa6096
+# %% ../nbs/02_adapter.ipynb #0569b524
 PLAIN_STARTS = ('true', 'false', 'gaussian', 'eva', 'orthogonal', 'mica')
 NOT_CARRIED = ('modules_to_save', 'trainable_token_indices', 'target_parameters', 'layer_replication', 'use_qalora',
                'use_bdlora', 'alora_invocation_tokens', 'arrow_config', 'kasa_config', 'monteclora_config')
@@ -89,7 +95,7 @@ def check_config(
 ):
     "Raise `ValueError` for adapters whose tensors are not updates of the base weights"
     kind = getattr(config.peft_type, 'value', config.peft_type)
-    if kind != 'LORA': raise ValueError(f'{file}: {kind} adapter, not a LoRA')
+    if kind not in ('LORA', 'ADALORA'): raise ValueError(f'{file}: {kind} adapter, not a LoRA')
     for name in NOT_CARRIED:
         if getattr(config, name, None): raise ValueError(f'{file}: {name} is not carried: train the adapter without it')
     if str(config.init_lora_weights).lower() not in PLAIN_STARTS:
@@ -138,7 +144,7 @@ def check_fit(
             raise ValueError(f'the update of {path} is {B.shape[0]}×{A.shape[1]}, the weight of {decoder.name} is {"×".join(map(str, shapes[path]))}: '
                              'was the adapter trained on another model?')
 
-# %% ../nbs/02_adapter.ipynb #1427e87e
+# %% ../nbs/02_adapter.ipynb #e6cde942
 @dataclass
 class Adapter:
     "Updates `ΔW = B A` of named modules; the scale α/r is baked into B"
@@ -157,9 +163,10 @@ class Adapter:
         try: config = PeftConfig.from_pretrained(str(path))
         except (ValueError, TypeError, KeyError) as e: raise ValueError(f'{path}/adapter_config.json is not readable: {e}') from None
         check_config(config, path/'adapter_config.json')
+        sides = 'ABE' if isinstance(config, AdaLoraConfig) else 'AB'
         try: tensors = load_file(file)
         except SafetensorError as e: raise ValueError(f'{file} is damaged ({e}): save the adapter again') from None
-        updates = {p: (t['A'].float(), t['B'].float()*scaling(config, p, len(t['A']))) for p, t in split_keys(tensors, file).items()}
+        updates = {p: (t['A'].float(), t['B'].float()*scaling(config, p, len(t['A']))) for p, t in split_keys(tensors, file, sides).items()}
         return cls(updates, config.base_model_name_or_path or '')
 
     @classmethod

@@ -39,6 +39,34 @@ def test_reads_what_peft_computes(decoder, tmp_path, settings):
     model.unload()
     assert error(logits(decoder, ids, Adapter.load(path)), true) <= 1e-6
 
+def ada(decoder, path, alpha=8):
+    "An AdaLoRA with a module that lost some ranks and one that lost all"
+    keep = {'q_proj': [True, False, True, True], 'up_proj': [True]*4, 'v_proj': [False]*4}
+    model = get_peft_model(copy.deepcopy(decoder.model), AdaLoraConfig(init_r=4, lora_alpha=alpha, total_step=10, target_modules=[*keep], task_type='CAUSAL_LM'))
+    pattern = {}
+    for name, p in model.named_parameters():
+        if 'lora_E' in name:
+            p.data.normal_(std=9.)
+            pattern[name.removeprefix('base_model.model.')] = keep[name.split('.')[-3]]
+            p.data *= torch.tensor(keep[name.split('.')[-3]])[:, None]
+    model.peft_config['default'].rank_pattern = pattern
+    model.save_pretrained(path)
+    return path
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('alpha', [8, 0])
+def test_reads_adalora_as_peft_does(decoder, tmp_path, alpha):
+    torch.manual_seed(0)
+    path, ids = ada(decoder, tmp_path/'a', alpha), tokens()
+    model = PeftModel.from_pretrained(decoder.model, str(path))
+    with torch.no_grad(): true = model(ids).logits
+    model.unload()
+    read = Adapter.load(path)
+    assert error(logits(decoder, ids, read), true) <= 1e-6 and error(true, logits(decoder, ids)) > .01
+    assert sorted({len(A) for A, _ in read.updates.values()}) == [3, 4] and not any('v_proj' in p for p in read.updates)
+    check = edit(path, lambda t: [t.pop(k) for k in [*t] if 'q_proj.lora_E' in k])
+    with pytest.raises(ValueError, match='q_proj has lora_A and lora_B, but should have lora_A and lora_B and lora_E'): Adapter.load(check)
+
 def test_round_trip(decoder, adapter, tmp_path):
     adapter.save(tmp_path/'a')
     again = Adapter.load(tmp_path/'a')
@@ -105,7 +133,6 @@ REFUSED = dict(
     pissa_fast=(dict(init_lora_weights='pissa_niter_4'), "init_lora_weights='pissa_niter_4'.*path_initial_model_for_weight_conversion"),
     olora=(dict(init_lora_weights='olora'), "init_lora_weights='olora'.*path_initial_model_for_weight_conversion"),
     ia3=(dict(config=IA3Config(target_modules=['k_proj', 'v_proj', 'down_proj'], feedforward_modules=['down_proj'], task_type='CAUSAL_LM')), 'IA3 adapter, not a LoRA'),
-    adalora=(dict(config=AdaLoraConfig(total_step=10, target_modules=['q_proj'], task_type='CAUSAL_LM')), 'ADALORA adapter, not a LoRA'),
     activated=(dict(alora_invocation_tokens=[5, 6]), 'alora_invocation_tokens is not carried'),
 )
 
@@ -139,7 +166,7 @@ def half(tensors): del tensors['base_model.model.model.layers.2.self_attn.v_proj
 def shape(tensors): tensors['base_model.model.model.layers.2.self_attn.v_proj.lora_A.weight'] = torch.ones(3, 64)
 def nothing(tensors): tensors.clear()
 
-@pytest.mark.parametrize('damage, message', [(nan, 'not finite'), (half, r'layers\.2\.self_attn\.v_proj has only lora_B'), (shape, 'do not multiply'), (nothing, 'holds no LoRA update')])
+@pytest.mark.parametrize('damage, message', [(nan, 'not finite'), (half, r'layers\.2\.self_attn\.v_proj has lora_B, but should have lora_A and lora_B'), (shape, 'do not multiply'), (nothing, 'holds no LoRA update')])
 def test_damaged_tensors(decoder, tmp_path, damage, message):
     with pytest.raises(ValueError, match=message): Adapter.load(edit(by_peft(decoder, tmp_path/'a'), damage))
 

@@ -28,6 +28,13 @@ def link_pages(text, depth):
     text = text.replace(f'{cfg.doc_host}{cfg.doc_baseurl}/', '../'*depth)
     return re.sub(rf'(\]\((?:[\w.-]+/)*){number}([\w-]+\.ipynb)', r'\1\2', text)
 
+def unlink_code(cell):
+    "Take nbdev's links out of the signatures that `cell` shows, where they cannot be followed"
+    plain = lambda block: re.sub(r'\[`([\w.]+)`\]\([^)]*\)', r'`\1`', block[0])
+    for output in cell.get('outputs', []):
+        data = output.get('data', {})
+        if 'text/markdown' in data: data['text/markdown'] = re.sub(r'```.*?```', plain, ''.join(data['text/markdown']), flags=re.DOTALL)
+
 def skip_flagged(cell):
     "Mark a `cell` that tests pass over, so that it is not executed for the documentation either"
     if cell.cell_type == 'code' and is_skipped(cell): cell.source = f'#| eval: false\n{cell.source}'
@@ -39,6 +46,7 @@ def write_page(path, folder):
     nb, name = read_nb(path), page_name(path)
     for cell in nb.cells: skip_flagged(cell)
     FilterDefaults()(nb)
+    for cell in nb.cells: unlink_code(cell)
     nb.cells[0].source = front_matter(nb, path)
     (folder/name).parent.mkdir(parents=True, exist_ok=True)
     (folder/name).write_text(link_pages(nb2str(nb), len(name.parts)-1), encoding='utf-8')
