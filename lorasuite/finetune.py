@@ -118,7 +118,7 @@ def fit(
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints else None)
     return [r['loss'] for r in trainer.state.log_history if 'loss' in r]
 
-# %% ../nbs/09_finetune.ipynb #aaa4dd67
+# %% ../nbs/09_finetune.ipynb #96669f69
 def finetune(
     decoder:Decoder,                # the base model, which stays as it is
     data:list[dict],                # examples, as `load_data` gives them
@@ -138,7 +138,8 @@ def finetune(
     with adapter.on(decoder, trainable=True) as model:
         losses = fit(model, rows, decoder.tokenizer, steps, lr, seed=seed, **kwargs)
         tuned = Adapter.from_peft(model)
-    return Adapter(tuned.updates, decoder.name, decoder.layers, adapter.card), losses
+    card = adapter.card and f'{adapter.card}\nTuned afterwards on {len(data):,} labelled examples: {steps:,} steps at a learning rate of {lr:g}.\n'
+    return Adapter(tuned.updates, decoder.name, decoder.layers, card), losses
 
 def fresh(
     decoder:Decoder,                        # the base model

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'NORMS', 'find_blocks', 'check_block', 'Decoder', 'data_dir', 'resolve', 'pick_device', 'pick_dtype',
-           'load_decoder', 'differences']
+           'load_decoder', 'weight_hashes', 'differences']
 
-# %% ../nbs/01_model.ipynb #496d6dfe
+# %% ../nbs/01_model.ipynb #f6336419
 import importlib.resources, os
 from pathlib import Path
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from torch import nn, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -147,6 +149,19 @@ def load_decoder(
     if missing := sorted(report['missing_keys']):
         raise ValueError(f'{name} lacks weights ({len(missing)} in all, first {missing[0]}) that would be random: fetch the model again')
     return Decoder(model.to(device).eval(), tokenizer, name)
+
+# %% ../nbs/01_model.ipynb #0af4fa57
+def weight_hashes(
+    name:str, # a directory, `zoo/…`, or the Hub id of a model that has been fetched
+) -> dict[str, str]: # weight file: its SHA-256
+    "Hashes of a model's weight files; none for a model that has no files here"
+    try:
+        folder = Path(resolve(name))
+        if not folder.is_dir(): folder = Path(snapshot_download(str(name), allow_patterns='*.safetensors', local_files_only=True))
+    except (OSError, ValueError): return {}
+    def digest(file):
+        with file.open('rb') as f: return sha_fileobj(f).hex()
+    return {f.name: digest(f) for f in sorted(folder.glob('*.safetensors'))}
 
 # %% ../nbs/01_model.ipynb #cce52ddc
 def differences(

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['METHODS', 'left_maps', 'scales', 'take', 'exact_block', 'gains', 'pseudo_inverse', 'paper_block', 'Alignment',
            'describe', 'warn_of_limits', 'align', 'read_through', 'carry_heads', 'carry_update', 'shape_of',
-           'sort_updates', 'untrained', 'new_layers', 'transfer', 'model_card']
+           'sort_updates', 'untrained', 'new_layers', 'transfer', 'left_out', 'model_card']
 
-# %% ../nbs/08_transfer.ipynb #5d4fadbe
+# %% ../nbs/08_transfer.ipynb #0f43753c
 import json, math, os, warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 import torch
-from peft import __version__ as peft_version
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from .model import ROLES, Decoder, load_decoder, pick_device
+from .model import ROLES, Decoder, load_decoder, pick_device, weight_hashes
 from .adapter import Adapter, balance, new_directory
 from .transfer_matrix import fit_quality, shared_tokens, stream_maps, transfer_matrix
 from .cka import cka_table
@@ -137,12 +138,12 @@ class Alignment:
 
     def __repr__(self): return f"Alignment({self.method}: {self.old['name']} → {self.new['name']}, {len(self.layers)} layers matched, {', '.join(f'{k} {v:.4g}' for k, v in self.fit.items())})"
 
-# %% ../nbs/08_transfer.ipynb #b8310ae1
+# %% ../nbs/08_transfer.ipynb #d0364975
 def describe(
     decoder:Decoder, # a model
-) -> dict: # its name, the path of its blocks, whether embeddings are tied, and its sizes
+) -> dict: # its name, revision, weight files, the path of its blocks, whether embeddings are tied, and its sizes
     "What an alignment keeps of a model besides tensors"
-    return dict(name=decoder.name, stack=decoder.stack, tied=bool(decoder.model.config.tie_word_embeddings), **decoder.sizes())
+    return dict(name=decoder.name, revision=getattr(decoder.model.config, '_commit_hash', None), sha256=weight_hashes(decoder.name), stack=decoder.stack, tied=bool(decoder.model.config.tie_word_embeddings), **decoder.sizes())
 
 # %% ../nbs/08_transfer.ipynb #2fe59072
 METHODS = ('exact', 'paper')
@@ -263,7 +264,7 @@ def untrained(
     "An update that changes nothing yet and can be trained"
     return torch.nn.init.kaiming_uniform_(torch.empty(rank, out_in[1]), a=math.sqrt(5), generator=generator), torch.zeros(out_in[0], rank)
 
-# %% ../nbs/08_transfer.ipynb #aab0c0f3
+# %% ../nbs/08_transfer.ipynb #48945e3d
 def new_layers(
     updates:dict,           # (layer, role): A, B of the old model
     alignment:Alignment,    # of the old model with the new
@@ -288,13 +289,30 @@ def transfer(
     named = {f"{new['stack']}.{l2}.{ROLES[role]}": tuple(t.float().contiguous() for t in ab) for (l2, role), ab in out.items()}
     return Adapter(named, new['name'], new['layers'], model_card(adapter, alignment))
 
+def left_out(
+    alignment:Alignment,    # of two models
+) -> Iterator[tuple[str, str]]: # what, which
+    "Layers, heads and neurons of either model that have no partner"
+    a = alignment
+    for side, model, fate in ((0, a.old, 'updates left out'), (1, a.new, 'updates untrained')):
+        alone = sorted(set(range(model['layers'])) - {p[side] for p in a.layers})
+        yield f"{('old', 'new')[side]} layers without a partner ({fate})", ', '.join(map(str, alone)) or 'none'
+    for part, kind in (('heads', 'heads'), ('neurons', 'intermediate')):
+        taken = [b[part] for b in a.blocks if part in b]
+        if not taken: continue
+        partners = [len({*t.tolist()} - {-1}) for t in taken]
+        yield f'old {part} of these layers without a partner (updates left out)', f'{len(taken)*a.old[kind] - sum(partners):,} of {len(taken)*a.old[kind]:,}'
+        yield f'new {part} of these layers without a partner (no update)', f'{sum((t < 0).sum().item() for t in taken):,} of {len(taken)*a.new[kind]:,}'
+
 def model_card(
     adapter:Adapter,        # that was carried
     alignment:Alignment,    # by these maps
 ) -> str: # Markdown
-    "The README of a carried adapter"
+    "The README of a carried adapter: from what, to what, how, and what was left out"
     a = alignment
-    missing = lambda layers, side: ', '.join(map(str, sorted(set(range(layers)) - {p[side] for p in a.layers}))) or 'none'
+    def files(model):
+        known = ''.join(f'\n  - {name}: SHA-256 `{digest}`' for name, digest in model['sha256'].items())
+        return f"`{model['name']}`" + (f", revision {model['revision']}" if model['revision'] else '') + known
     return f"""---
 library_name: peft
 base_model: {a.new['name']}
@@ -302,11 +320,10 @@ tags: [lora, lorasuite]
 ---
 # A LoRA adapter carried from {a.old['name']} to {a.new['name']}
 
-Made by lorasuite, method `{a.method}`, from {len(adapter.updates)} updates, without any label.
+Carried by lorasuite, method `{a.method}`, from {len(adapter.updates)} updates, without any label.
 
-- shared tokens: {a.fit['shared']:,}; R² of the transfer matrix: {a.fit['r2']:.3f}
+- old base: {files(a.old)}
+- new base: {files(a.new)}
+- fit of the transfer matrix: {a.fit['shared']:,} shared tokens, R² {a.fit['r2']:.3f}, condition {a.fit['condition']:.3g}
 - old layer → new layer: {', '.join(f'{i}→{j}' for i, j in a.layers)}
-- old layers without a partner, whose updates were left out: {missing(a.old['layers'], 0)}
-- new layers without a partner, whose updates are untrained: {missing(a.new['layers'], 1)}
-- PEFT {peft_version}
-"""
+""" + ''.join(f'- {what}: {which}\n' for what, which in left_out(a)) + f"- versions: {', '.join(f'{p} {version(p)}' for p in ('lorasuite', 'torch', 'transformers', 'peft'))}\n"

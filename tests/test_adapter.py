@@ -6,7 +6,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from models import effect, error, logits, random_decoder, tokens
 from lorasuite.adapter import Adapter, balance, new_directory
-from lorasuite.model import ROLES, load_decoder
+from lorasuite.finetune import finetune
+from lorasuite.model import ROLES, load_decoder, weight_hashes
 from lorasuite.transfer import align, transfer
 
 SEVEN = [p.rpartition('.')[2] for p in ROLES.values()]
@@ -111,7 +112,11 @@ def test_carried_adapter_loads_on_the_new_tiny_model(tmp_path):
     carried = transfer('zoo/adapter', align('zoo/old', new))
     carried.save(tmp_path/'carried')
     assert len(check_loads(tmp_path/'carried', new)) == 2*len(ROLES)*new.layers
-    assert f'base_model: {new.name}' in (tmp_path/'carried'/'README.md').read_text()
+    card = (tmp_path/'carried'/'README.md').read_text()
+    assert f'base_model: {new.name}' in card and 'new layers without a partner (updates untrained): 2, 4' in card
+    for name in ('zoo/old', 'zoo/new'): assert weight_hashes(name)['model.safetensors'] in card
+    tuned, _ = finetune(new, [dict(instruction='Who?', output='Ann')]*3, carried, steps=1)
+    assert tuned.card.startswith(card) and 'Tuned afterwards on 3 labelled examples' in tuned.card
 
 @pytest.mark.parametrize('settings', [dict(), dict(layers_to_transform=[0, 2]), dict(target_modules=['q_proj', 'down_proj'], rank_pattern={r'layers\.3\.mlp\.down_proj': 7})])
 def test_carried_adapters_of_some_modules_load(decoder, tokenizer, tmp_path, settings):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 from lorasuite.cli import app
 from lorasuite.demo import ARMS
-from lorasuite.model import data_dir, load_decoder
+from lorasuite.model import ROLES, data_dir, load_decoder
 
 ZOO = data_dir()/'zoo'
 
@@ -74,6 +74,13 @@ def test_finetune_and_evaluate(work, carried, hundred):
     base, tuned = (report('evaluate', 'zoo/new', '--data', hundred, *a) for a in ([], ['--adapter', work/'tuned']))
     assert tuned['interval'][0] > base['interval'][1]
 
+def test_inspect():
+    said = report('inspect', 'zoo/old', 'zoo/new', 'zoo/adapter')
+    assert said['sizes']['attention'] == ['MHA', 'GQA'] and said['shared_tokens'] == 512 and not said['notes'] and 'deep' not in said
+    assert said['adapter'] == dict(updates=28, ranks=[16], roles={r: 4 for r in ROLES}, layers_without_partner=0)
+    back = run('inspect', 'zoo/new', 'zoo/old', '--deep')
+    assert back.exit_code == 0 and 'note: 2 of 6 old layers will find no partner' in back.stdout and 'layers: 0→0, 1→1, 3→2, 5→3' in back.stdout
+
 def test_text_output(alignment):
     result = run('evaluate', 'zoo/old', '--data', ZOO/'validation.jsonl', '--adapter', 'zoo/adapter')
     assert result.exit_code == 0 and 'accuracy: ' in result.stdout
@@ -83,6 +90,8 @@ def test_bad_input(work, carried, alignment, hundred):
     broken.write_text('{"instruction": "a", "output"')
     out = work/'out'
     for args, word in [(['transfer', 'zoo/adapter', alignment, '-o', carried], 'exists already'),
+                       (['inspect', 'zoo/new', 'zoo/old', 'zoo/adapter'], 'another model'),
+                       (['inspect', work/'nowhere', 'zoo/old'], 'nowhere'),
                        (['transfer', 'zoo/adapter', work/'nowhere', '-o', out], 'lorasuite align'),
                        (['transfer', carried, alignment, '-o', out], 'another model'),
                        (['transfer', work/'nowhere', alignment, '-o', out], 'nowhere'),
