@@ -7,7 +7,7 @@ __all__ = ['app', 'Old', 'New', 'Source', 'Out', 'Data', 'Texts', 'Method', 'Ste
            'free', 'bar', 'checkpoints', 'finish', 'lines_of', 'demo', 'inspect', 'align', 'transfer', 'finetune',
            'evaluate', 'upgrade']
 
-# %% ../nbs/14_cli.ipynb #80b81340
+# %% ../nbs/14_cli.ipynb #2c3faba3
 import functools, json, shutil, sys, traceback, warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -16,12 +16,12 @@ import transformers, typer
 from .model import load_decoder
 from .adapter import Adapter
 from .transfer import METHODS, Alignment, align as make_alignment, transfer as carry
-from .finetune import finetune as tune, load_data
+from .finetune import finetune as tune, load_data, read_utf8
 from .evaluate import evaluate as measure
 from .demo import demo as run_demo
 from .inspection import inspect as look, text_report
 
-# %% ../nbs/14_cli.ipynb #661d2bb0
+# %% ../nbs/14_cli.ipynb #78c90795
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='Carry a LoRA adapter from an old language model to its successor.')
 
 Old = Annotated[str, typer.Argument(help='model that the adapter was trained on: a directory, a Hub id, or zoo/old')]
@@ -78,7 +78,7 @@ def finish(adapter:Adapter, out:Path):
 
 def lines_of(path:Path|None) -> list[str]|None:
     "Lines of a text file"
-    return path and [l for l in path.read_text().splitlines() if l.strip()]
+    return path and [l for l in read_utf8(path).splitlines() if l.strip()]
 
 # %% ../nbs/14_cli.ipynb #771c9e21
 @command

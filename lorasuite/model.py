@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'NORMS', 'find_blocks', 'check_block', 'Decoder', 'data_dir', 'resolve', 'pick_device', 'pick_dtype',
-           'load_decoder', 'weight_hashes', 'differences']
+           'check_files', 'check_loaded', 'load_decoder', 'weight_hashes', 'differences']
 
-# %% ../nbs/01_model.ipynb #f6336419
-import importlib.resources, os
+# %% ../nbs/01_model.ipynb #b0010ba5
+import importlib.resources, json, os
 from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils.sha import sha_fileobj
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -130,7 +130,41 @@ def pick_dtype(
     if device.type != 'cuda': return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
-# %% ../nbs/01_model.ipynb #047ec70b
+# %% ../nbs/01_model.ipynb #67ec7952
+def check_files(
+    folder:Path, # of a model
+):
+    "Raise `ValueError` or `FileNotFoundError` naming a weight file that is missing or lies elsewhere, or a weight that is no floating-point number"
+    index = folder/'model.safetensors.index.json'
+    if index.is_file():
+        try: files = sorted({*json.loads(index.read_text())['weight_map'].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f'{index} is not a readable index of weights ({e}): fetch the model again') from None
+        for file in files:
+            if Path(file).name != file: raise ValueError(f'{index} names {file}, which is not in its directory: do not trust this model')
+            if not (folder/file).is_file(): raise FileNotFoundError(f'{index} names {file}, which is not there: fetch the model again')
+    for file in sorted(folder.glob('*.safetensors')):
+        try:
+            with safe_open(file, 'pt') as weights: kinds = {k: weights.get_slice(k).get_dtype() for k in weights.keys()}
+        except SafetensorError as e: raise ValueError(f'{file} is damaged ({e}): fetch the model again') from None
+        for key, kind in kinds.items():
+            if key.endswith('.weight') and 'F' not in kind: raise ValueError(f'{file}: {key} is of type {kind}: give the model before it was quantised')
+
+def check_loaded(
+    name:str|os.PathLike,   # of the model, for messages
+    model:PreTrainedModel,  # as loaded
+    report:dict,            # what `from_pretrained` says of the keys
+):
+    "Raise `ValueError` naming a weight that is missing, of another shape, without a place, or not finite"
+    if missing := sorted(report['missing_keys']):
+        raise ValueError(f'{name} lacks weights ({len(missing)} in all, first {missing[0]}) that would be random: fetch the model again')
+    for key, found, wanted in report['mismatched_keys']:
+        raise ValueError(f'{name}: {key} is {"×".join(map(str, found))}, its configuration asks for {"×".join(map(str, wanted))}: fetch the model again')
+    if extra := sorted(report['unexpected_keys']):
+        raise ValueError(f'{name} holds weights ({len(extra)} in all, first {extra[0]}) that its configuration has no place for: fetch the model again')
+    for key, p in model.named_parameters():
+        if not p.isfinite().all(): raise ValueError(f'{name}: {key} has values that are not finite: the file is damaged, fetch the model again')
+
+# %% ../nbs/01_model.ipynb #aea36b1b
 def load_decoder(
     name:str|os.PathLike|PreTrainedModel|Decoder, # a directory, `zoo/…`, a Hub id, a loaded model, or a `Decoder`, which is returned as it is
     device:torch.device|None=None,    # where to put it; the best device by default
@@ -141,13 +175,13 @@ def load_decoder(
     if isinstance(name, PreTrainedModel): return Decoder(name.eval(), AutoTokenizer.from_pretrained(name.name_or_path))
     device = device or pick_device()
     source = resolve(name)
+    if Path(source).is_dir(): check_files(Path(source))
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or pick_dtype(device), output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or pick_dtype(device), output_loading_info=True, ignore_mismatched_sizes=True)
+    except Exception as e: # damaged files end in errors of all kinds
         raise (OSError if isinstance(e, OSError) else ValueError)(f'cannot load a model and its tokenizer from {name}: {e}') from None
-    if missing := sorted(report['missing_keys']):
-        raise ValueError(f'{name} lacks weights ({len(missing)} in all, first {missing[0]}) that would be random: fetch the model again')
+    check_loaded(name, model, report)
     return Decoder(model.to(device).eval(), tokenizer, name)
 
 # %% ../nbs/01_model.ipynb #0af4fa57

@@ -1,0 +1,126 @@
+"""Damaged models and impossible requests: each ends with a message that names what is wrong, and nothing is written"""
+import json, os, shutil
+import pytest, torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+from lorasuite.cli import app
+from lorasuite.model import data_dir, load_decoder
+
+ZOO = data_dir()/'zoo'
+WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+SHARDS = ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+UP = 'model.layers.1.mlp.up_proj.weight'
+
+def tensors(change):
+    "What changes the tensors of a model"
+    def damage(folder):
+        t = load_file(folder/WEIGHTS)
+        save_file(t | change(t), folder/WEIGHTS, metadata={'format': 'pt'})
+    return damage
+
+def config(**settings):
+    "What changes the configuration of a model"
+    def damage(folder):
+        file = folder/'config.json'
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return damage
+
+def shards(names, written):
+    "What cuts the weights into two files, of which some are written"
+    def damage(folder):
+        t = load_file(folder/WEIGHTS)
+        (folder/WEIGHTS).unlink()
+        where = {k: names[i%2] for i, k in enumerate(sorted(t))}
+        for name in written: save_file({k: t[k] for k in t if where[k] == name}, folder/name, metadata={'format': 'pt'})
+        (folder/INDEX).write_text(json.dumps(dict(metadata={}, weight_map=where)))
+    return damage
+
+def text(name, content):
+    "What replaces a file"
+    return lambda folder: (folder/name).write_bytes(content)
+
+def remove(*names):
+    "What removes files"
+    return lambda folder: [(folder/n).unlink() for n in names]
+
+def pickled(folder):
+    "A pickle that would run a command, in place of the weights"
+    (folder/WEIGHTS).unlink()
+    (folder/'pytorch_model.bin').write_bytes(b'cos\nsystem\n(S"touch ' + os.fsencode(folder/'was_here') + b'"\ntR.')
+
+MODELS = dict(
+    truncated=(lambda folder: os.truncate(folder/WEIGHTS, 50_000), f'{WEIGHTS} is damaged.*fetch'),
+    empty=(text(WEIGHTS, b''), f'{WEIGHTS} is damaged.*fetch'),
+    no_weights=(remove(WEIGHTS), 'cannot load.*model.safetensors'),
+    not_finite=(tensors(lambda t: {UP: t[UP]*torch.inf}), f'{UP} has values that are not finite'),
+    integers=(tensors(lambda t: {UP: t[UP].int()}), f'{WEIGHTS}: {UP} is of type I32.*quantised'),
+    missing_weight=(tensors(lambda t: {UP: torch.ones(0)}), UP),
+    other_shape=(tensors(lambda t: {UP: torch.ones(3, 3)}), f'{UP} is 3×3, its configuration asks for 288×96'),
+    unknown_weight=(tensors(lambda t: {'model.layers.0.mlp.extra.weight': torch.ones(3)}), 'first model.layers.0.mlp.extra.weight.*no place for'),
+    missing_shard=(shards(SHARDS, SHARDS[:1]), f'{INDEX} names {SHARDS[1]}, which is not there'),
+    shard_outside=(shards(['../outside.safetensors', SHARDS[1]], ['../outside.safetensors', SHARDS[1]]), r'names \.\./outside.safetensors, which is not in its directory'),
+    index_unreadable=(text(INDEX, b'{"weight_map": '), f'{INDEX} is not a readable index'),
+    index_without_map=(text(INDEX, b'{}'), f'{INDEX} is not a readable index'),
+    index_a_list=(text(INDEX, b'[]'), f'{INDEX} is not a readable index'),
+    deeper_by_config=(config(num_hidden_layers=8), r'lacks weights \(18 in all, first model.layers.6'),
+    shallower_by_config=(config(num_hidden_layers=4), r'holds weights \(18 in all, first model.layers.4'),
+    heads_by_config=(config(num_attention_heads=6), r'q_proj.weight is 128×96, its configuration asks for 96×96'),
+    hidden_by_config=(config(hidden_size=100), 'hidden size.*100'),
+    vocabulary_by_config=(config(vocab_size=100), 'cannot load'),
+    config_unreadable=(text('config.json', b'{"model_type": '), 'config.json.*not a valid JSON'),
+    no_config=(remove('config.json'), 'model_type'),
+    unknown_type=(config(model_type='nonsense'), 'nonsense'),
+    custom_code=(config(model_type='nonsense', auto_map=dict(AutoConfig='evil.Config', AutoModelForCausalLM='evil.Model')), 'trust_remote_code'),
+    pickle=(pickled, 'cannot load.*weights_only'),
+    no_tokenizer=(remove('tokenizer.json', 'tokenizer_config.json'), 'tokenizer'),
+    tokenizer_unreadable=(text('tokenizer.json', b'{'), 'cannot load a model and its tokenizer'),
+)
+
+@pytest.mark.parametrize('name', MODELS)
+def test_damaged_model(tmp_path, name):
+    damage, message = MODELS[name]
+    folder = tmp_path/'model'
+    shutil.copytree(ZOO/'new', folder)
+    damage(folder)
+    with pytest.raises((ValueError, OSError), match=f'(?s){message}') as caught: load_decoder(folder)
+    assert 'model' in str(caught.value) and not (folder/'was_here').exists()
+
+def test_sharded_model(tmp_path):
+    shutil.copytree(ZOO/'new', tmp_path/'model')
+    shards(SHARDS, SHARDS)(tmp_path/'model')
+    a, b = load_decoder(tmp_path/'model').model.state_dict(), load_decoder('zoo/new').model.state_dict()
+    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+# ---- requests that cannot be met
+
+def file(folder, name, content):
+    "A small file"
+    (folder/name).write_bytes(content)
+    return folder/name
+
+REQUESTS = dict(
+    no_texts=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'')], 'no probe text'),
+    blank_texts=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'\n \n')], 'no probe text'),
+    one_word=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'a')], 'fewer than 4 positions'),
+    texts_not_text=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'\xff\xfe\x00')], 'texts'),
+    out_is_a_file=(lambda w: ['align', 'zoo/old', 'zoo/new', '-o', file(w, 'here', b'')], 'exists already'),
+    out_below_a_file=(lambda w: ['align', 'zoo/old', 'zoo/new', '-o', file(w, 'here', b'')/'out'], 'here'),
+    data_empty=(lambda w: ['evaluate', 'zoo/new', '--data', file(w, 'data.jsonl', b'')], 'holds no example'),
+    data_not_text=(lambda w: ['evaluate', 'zoo/new', '--data', file(w, 'data.jsonl', b'\xff\xfe\x00')], 'data.jsonl'),
+    data_a_number=(lambda w: ['evaluate', 'zoo/new', '--data', file(w, 'data.jsonl', b'3')], "example 1 has no text under 'instruction'"),
+    data_without_answer=(lambda w: ['evaluate', 'zoo/new', '--data', file(w, 'data.jsonl', b'{"instruction": "Who?"}')], "no text under 'output'"),
+    adapter_is_a_model=(lambda w: ['upgrade', 'zoo/old', 'zoo/new', 'zoo/old'], 'adapter_config.json'),
+    model_is_an_adapter=(lambda w: ['upgrade', 'zoo/adapter', 'zoo/new', 'zoo/adapter'], 'zoo/adapter'),
+    alignment_is_a_model=(lambda w: ['transfer', 'zoo/adapter', ZOO/'old'], 'lorasuite align'),
+    wrong_way_round=(lambda w: ['upgrade', 'zoo/new', 'zoo/old', 'zoo/adapter'], 'another model'),
+)
+
+@pytest.mark.parametrize('name', REQUESTS)
+def test_impossible_request(tmp_path, name):
+    make, message = REQUESTS[name]
+    args, before = [str(a) for a in make(tmp_path)], sorted(tmp_path.iterdir())
+    if args[0] != 'evaluate' and '-o' not in args: args += ['-o', str(tmp_path/'out')]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
