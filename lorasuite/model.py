@@ -130,7 +130,7 @@ def pick_dtype(
     if device.type != 'cuda': return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
-# %% ../nbs/01_model.ipynb #67ec7952
+# %% ../nbs/01_model.ipynb #4099fd3e
 def check_files(
     folder:Path, # of a model
 ):
@@ -157,7 +157,7 @@ def check_loaded(
     "Raise `ValueError` naming a weight that is missing, of another shape, without a place, or not finite"
     if missing := sorted(report['missing_keys']):
         raise ValueError(f'{name} lacks weights ({len(missing)} in all, first {missing[0]}) that would be random: fetch the model again')
-    for key, found, wanted in report['mismatched_keys']:
+    for key, found, wanted in sorted(report['mismatched_keys']):
         raise ValueError(f'{name}: {key} is {"×".join(map(str, found))}, its configuration asks for {"×".join(map(str, wanted))}: fetch the model again')
     if extra := sorted(report['unexpected_keys']):
         raise ValueError(f'{name} holds weights ({len(extra)} in all, first {extra[0]}) that its configuration has no place for: fetch the model again')

@@ -64,7 +64,7 @@ MODELS = dict(
     index_a_list=(text(INDEX, b'[]'), f'{INDEX} is not a readable index'),
     deeper_by_config=(config(num_hidden_layers=8), r'lacks weights \(18 in all, first model.layers.6'),
     shallower_by_config=(config(num_hidden_layers=4), r'holds weights \(18 in all, first model.layers.4'),
-    heads_by_config=(config(num_attention_heads=6), r'q_proj.weight is 128×96, its configuration asks for 96×96'),
+    heads_by_config=(config(num_attention_heads=6), r'layers.0.self_attn.o_proj.weight is 96×128, its configuration asks for 96×96'),
     hidden_by_config=(config(hidden_size=100), 'hidden size.*100'),
     vocabulary_by_config=(config(vocab_size=100), 'cannot load'),
     config_unreadable=(text('config.json', b'{"model_type": '), 'config.json.*not a valid JSON'),
