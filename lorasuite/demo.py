@@ -25,7 +25,7 @@ from .transfer import Alignment, align, transfer
 from .finetune import finetune, load_data, plot_losses, read_json
 from .evaluate import Score, evaluate, match_norm, random_like
 
-# %% ../nbs/12_demo.ipynb #85ea5ac4
+# %% ../nbs/12_demo.ipynb #87ed61c4
 FEW, RANK = 100, 16 # labelled examples of the small arms; rank of every adapter
 
 @dataclass
@@ -40,9 +40,13 @@ class Arm:
     losses:list[list[float]] = field(default_factory=list, repr=False) # training loss at every step, one list per seed
 
     @property
-    def accuracy(self) -> float: return statistics.mean(self.accuracies)
+    def accuracy(self) -> float:
+        "Mean over the seeds"
+        return statistics.mean(self.accuracies)
     @property
-    def spread(self) -> float: return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.
+    def spread(self) -> float:
+        "Standard deviation over the seeds"
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.
     def row(self) -> dict:
         "What is written into results.json"
         return dict(arm=self.arm, accuracy=self.accuracy, spread=self.spread, **{k: v for k, v in asdict(self).items() if k not in ('arm', 'losses')})
@@ -60,10 +64,10 @@ def few(
     "A hundred training examples"
     return random.Random(seed).sample(questions('train'), FEW)
 
-# %% ../nbs/12_demo.ipynb #d2ee2875
+# %% ../nbs/12_demo.ipynb #8e6f3e76
 GRID = [(0, 0.)] + [(steps, lr) for steps in (40, 160) for lr in (5e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
 RUN = ('hop', 'arm', 'split', 'steps', 'lr', 'seed') # what makes a run what it is
-GRID_ALL = [(600, lr) for lr in (1e-3, 3e-3)]
+GRID_ALL = [(600, lr) for lr in (1e-3, 3e-3, 1e-2)]
 
 @cache
 def runs() -> list[dict]:

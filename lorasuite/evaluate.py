@@ -15,7 +15,7 @@ from .model import Decoder
 from .adapter import Adapter
 from .finetune import prompt
 
-# %% ../nbs/10_evaluate.ipynb #b01ba0ea
+# %% ../nbs/10_evaluate.ipynb #d3414af4
 @dataclass
 class Score:
     "Answers to a set of questions, and how many were right"
@@ -24,7 +24,9 @@ class Score:
     seconds:float       # how long it took
 
     @property
-    def accuracy(self) -> float: return sum(self.right)/len(self.right)
+    def accuracy(self) -> float:
+        "Share answered rightly"
+        return sum(self.right)/len(self.right)
     @property
     def interval(self) -> tuple[float, float]:
         "95% Wilson confidence interval of the accuracy"

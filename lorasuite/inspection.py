@@ -5,26 +5,24 @@
 # %% auto #0
 __all__ = ['sketch', 'inspect', 'limits', 'outlook', 'depths', 'text_report']
 
-# %% ../nbs/13_inspection.ipynb #26f4f0f7
+# %% ../nbs/13_inspection.ipynb #f8f53c7f
 import os, warnings
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from .model import ROLES, Decoder, resolve
+from .model import ROLES, Decoder, reading, resolve
 from .adapter import Adapter
 from .transfer_matrix import shared_tokens
 from .transfer import align, sort_updates, warn_of_limits
 
-# %% ../nbs/13_inspection.ipynb #951a1fd0
+# %% ../nbs/13_inspection.ipynb #258ab5aa
 def sketch(
     name:str|os.PathLike, # a directory, `zoo/…`, or a Hub id
 ) -> Decoder: # with weights on the device `meta`
     "A model without weights, from its configuration and tokenizer; raises `ValueError` or `OSError` as `load_decoder` does"
     source = resolve(name)
-    try:
+    with reading(name):
         config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
         with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as e:
-        raise (OSError if isinstance(e, OSError) else ValueError)(f'cannot read the configuration and tokenizer of {name}: {e}') from None
     return Decoder(model, tokenizer, name)
 
 # %% ../nbs/13_inspection.ipynb #d197a1c3

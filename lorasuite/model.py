@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'NORMS', 'find_blocks', 'check_block', 'Decoder', 'data_dir', 'resolve', 'pick_device', 'pick_dtype',
-           'check_files', 'check_loaded', 'load_decoder', 'weight_hashes', 'differences']
+           'check_files', 'check_loaded', 'reading', 'load_decoder', 'weight_hashes', 'differences']
 
-# %% ../nbs/01_model.ipynb #b0010ba5
+# %% ../nbs/01_model.ipynb #ebea5343
 import importlib.resources, json, os
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
@@ -47,7 +48,7 @@ def check_block(
         kind = type(parts[name]).__name__
         if 'RMSNorm' not in kind: raise ValueError(f'{path}.{name} is a {kind}: lorasuite reads RMSNorm models')
 
-# %% ../nbs/01_model.ipynb #f3b743df
+# %% ../nbs/01_model.ipynb #c302660a
 class Decoder:
     "A decoder-only language model as a stack of blocks: its sizes, and its weights by layer and role"
     def __init__(self,
@@ -90,7 +91,9 @@ class Decoder:
         "(vocab, hidden) the input embeddings, in float64"
         return self.model.get_input_embeddings().weight.detach().cpu().double()
     @property
-    def device(self) -> torch.device: return self.model.device
+    def device(self) -> torch.device:
+        "Where the model is"
+        return self.model.device
     def sizes(self) -> dict:
         "The sizes that an upgrade can change"
         return {k: getattr(self, k) for k in ('vocab', 'hidden', 'intermediate', 'layers', 'heads', 'kv_heads', 'head_size')}
@@ -164,7 +167,16 @@ def check_loaded(
     for key, p in model.named_parameters():
         if not p.isfinite().all(): raise ValueError(f'{name}: {key} has values that are not finite: the file is damaged, fetch the model again')
 
-# %% ../nbs/01_model.ipynb #aea36b1b
+# %% ../nbs/01_model.ipynb #7def613b
+@contextmanager
+def reading(
+    name:str|os.PathLike, # of a model, for messages
+):
+    "Let whatever goes wrong while a library reads a model be a `ValueError` or an `OSError` that names it"
+    try: yield
+    except Exception as e: # damaged files end in errors of all kinds
+        raise (OSError if isinstance(e, OSError) else ValueError)(f'cannot load a model and its tokenizer from {name}: {e}') from None
+
 def load_decoder(
     name:str|os.PathLike|PreTrainedModel|Decoder, # a directory, `zoo/…`, a Hub id, a loaded model, or a `Decoder`, which is returned as it is
     device:torch.device|None=None,    # where to put it; the best device by default
@@ -176,11 +188,9 @@ def load_decoder(
     device = device or pick_device()
     source = resolve(name)
     if Path(source).is_dir(): check_files(Path(source))
-    try:
+    with reading(name):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or pick_dtype(device), output_loading_info=True, ignore_mismatched_sizes=True)
-    except Exception as e: # damaged files end in errors of all kinds
-        raise (OSError if isinstance(e, OSError) else ValueError)(f'cannot load a model and its tokenizer from {name}: {e}') from None
     check_loaded(name, model, report)
     return Decoder(model.to(device).eval(), tokenizer, name)
 

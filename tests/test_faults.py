@@ -85,6 +85,14 @@ def test_damaged_model(tmp_path, name):
     with pytest.raises((ValueError, OSError), match=f'(?s){message}') as caught: load_decoder(folder)
     assert 'model' in str(caught.value) and not (folder/'was_here').exists()
 
+@pytest.mark.parametrize('name', ['hidden_by_config', 'vocabulary_by_config', 'config_unreadable', 'custom_code', 'no_tokenizer'])
+def test_inspect_names_a_damaged_model(tmp_path, name):
+    folder = tmp_path/'model'
+    shutil.copytree(ZOO/'new', folder)
+    MODELS[name][0](folder)
+    result = CliRunner().invoke(app, ['inspect', 'zoo/old', str(folder)])
+    assert result.exit_code == 2 and str(folder) in result.stderr
+
 def test_sharded_model(tmp_path):
     shutil.copytree(ZOO/'new', tmp_path/'model')
     shards(SHARDS, SHARDS)(tmp_path/'model')
