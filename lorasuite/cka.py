@@ -38,7 +38,7 @@ def cka(
     K, L = u_centred(X), u_centred(Y)
     return ((K*L).sum()/(K.norm()*L.norm()).clamp_min(1e-30)).item()
 
-# %% ../nbs/05_cka.ipynb #8ed7e8de
+# %% ../nbs/05_cka.ipynb #4628a91a
 def probe_texts() -> list[str]:
     "The texts that layers are compared on by default"
     return (data_dir()/'probe.txt').read_text(encoding='utf-8').splitlines()
@@ -47,13 +47,12 @@ def probe_texts() -> list[str]:
 def recording(
     decoder:Decoder,        # whose activations
     compare:str,            # `updates`: what attention and MLP add; `outputs`: what leaves the block
-    at:Tensor|None=None,    # (n, 2) text and position of the rows to keep; all by default
+    at:Tensor|None=None,    # (n,) rows to keep, counted through all texts; all by default
 ): # yields a dict that a forward pass fills: (kind, layer): (n, hidden); kind 0 is attention or output, 1 is MLP
     "Record what blocks add to the residual stream, or what leaves them"
     kept = {}
-    modules = [(k, l, m) for l, b in enumerate(decoder.blocks)
-               for k, m in enumerate([b.self_attn, b.mlp] if compare == 'updates' else [b])]
-    rows = lambda x: x if at is None else x[tuple(at.T.to(x.device))]
+    modules = [(k, l, m) for l, b in enumerate(decoder.blocks) for k, m in enumerate(decoder.adds(l) if compare == 'updates' else [b])]
+    rows = lambda x: x if at is None else x.flatten(0, -2)[at.to(x.device)]
     keep = lambda key: lambda module, args, out: kept.__setitem__(key, rows(out[0] if isinstance(out, tuple) else out).float())
     hooks = [m.register_forward_hook(keep((k, l))) for k, l, m in modules]
     try: yield kept
@@ -79,7 +78,7 @@ def shared_ends(
     ends, ends2 = ({end: i for i, (start, end) in enumerate(spans) if i and end > start} for spans in (old, new))
     return [(i, ends2[end]) for end, i in ends.items() if end in ends2]
 
-# %% ../nbs/05_cka.ipynb #e530bc66
+# %% ../nbs/05_cka.ipynb #139620e9
 @torch.no_grad()
 def paired_activations(
     old:Decoder,                # a model
@@ -97,8 +96,8 @@ def paired_activations(
         met = torch.tensor([(t, a, b) for t, s in enumerate(zip(spans, spans2)) for a, b in shared_ends(*s)])
         if len(met) < 4: continue
         met = met[torch.linspace(0, len(met)-1, min(len(met), rows)).long()]
-        with recording(old, compare, met[:, [0, 1]]) as a: old.model.get_decoder()(input_ids=ids, use_cache=False)
-        with recording(new, compare, met[:, [0, 2]]) as b: new.model.get_decoder()(input_ids=ids2, use_cache=False)
+        with recording(old, compare, met[:, 0]*ids.shape[1] + met[:, 1]) as a: old.model.get_decoder()(input_ids=ids, use_cache=False)
+        with recording(new, compare, met[:, 0]*ids2.shape[1] + met[:, 2]) as b: new.model.get_decoder()(input_ids=ids2, use_cache=False)
         yield a, b
 
 # %% ../nbs/05_cka.ipynb #9d864398

@@ -6,7 +6,7 @@
 __all__ = ['FIELDS', 'load_data', 'read_utf8', 'read_json', 'prompt', 'encode', 'Bar', 'claim_checkpoints', 'fit', 'finetune',
            'fresh', 'plot_losses']
 
-# %% ../nbs/09_finetune.ipynb #db553dba
+# %% ../nbs/09_finetune.ipynb #060ed663
 import hashlib, json, os, tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
-from .model import ROLES, Decoder
+from .model import Decoder
 from .adapter import Adapter
 
 # %% ../nbs/09_finetune.ipynb #07ba7d6c
@@ -125,7 +125,7 @@ def fit(
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints else None)
     return [r['loss'] for r in trainer.state.log_history if 'loss' in r]
 
-# %% ../nbs/09_finetune.ipynb #96669f69
+# %% ../nbs/09_finetune.ipynb #711ccad0
 def finetune(
     decoder:Decoder,                # the base model, which stays as it is
     data:list[dict],                # examples, as `load_data` gives them
@@ -151,10 +151,10 @@ def finetune(
 def fresh(
     decoder:Decoder,                        # the base model
     rank:int=8,                             # rank of every update
-    roles:Sequence[str]=tuple(ROLES),       # which projections
+    roles:Sequence[str]|None=None,          # which projections; all by default
 ) -> Adapter:
     "An untrained LoRA as PEFT starts it: random A, zero B; scaled by α = 2r"
-    model = get_peft_model(decoder.model, LoraConfig(r=rank, lora_alpha=2*rank, target_modules=[ROLES[r].split('.')[1] for r in roles], task_type='CAUSAL_LM'))
+    model = get_peft_model(decoder.model, LoraConfig(r=rank, lora_alpha=2*rank, target_modules=sorted({decoder.wiring.modules[r] for r in roles or decoder.roles}), task_type='CAUSAL_LM'))
     try: adapter = Adapter.from_peft(model)
     finally: model.unload()
     return Adapter(adapter.updates, decoder.name, decoder.layers)

@@ -86,7 +86,7 @@ def plot_head_map(
     ax.set(xlabel='new head', ylabel='old head')
     return ax
 
-# %% ../nbs/07_head_mapping.ipynb #c4155dae
+# %% ../nbs/07_head_mapping.ipynb #78423488
 def neuron_similarity(
     old:Decoder,    # a model
     l:int,          # one of its layers
@@ -95,8 +95,9 @@ def neuron_similarity(
     read:Tensor,    # (hidden, hidden') read map
     write:Tensor,   # (hidden', hidden) write map
 ) -> Tensor: # (intermediate, intermediate')
-    "cos(gate) + cos(up)·cos(down) of every pair of neurons: indifferent to a sign shared by up and down"
+    "cos(gate) + cos(up)·cos(down) of every pair of neurons, indifferent to a sign shared by up and down; cos(up) + cos(down) unless both models have gates"
     unit = lambda X: torch.nn.functional.normalize(X.float(), dim=1)
     cos = lambda X, Y: unit(X)@unit(Y).T
-    gate, up = (cos(old.weight(l, r)@read, new.weight(l2, r)) for r in ('gate', 'up'))
-    return gate + up*cos(old.weight(l, 'down').T@write.T, new.weight(l2, 'down').T)
+    reads = lambda role: cos(old.weight(l, role)@read, new.weight(l2, role))
+    down = cos(old.weight(l, 'down').T@write.T, new.weight(l2, 'down').T)
+    return reads('gate') + reads('up')*down if 'gate' in old.roles and 'gate' in new.roles else reads('up') + down

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['sketch', 'inspect', 'limits', 'outlook', 'depths', 'text_report']
 
-# %% ../nbs/13_inspection.ipynb #f8f53c7f
+# %% ../nbs/13_inspection.ipynb #fc470e7d
 import os, warnings
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from .model import ROLES, Decoder, reading, resolve
+from .wiring import ROLES
+from .model import Decoder, reading, resolve
 from .adapter import Adapter
 from .transfer_matrix import shared_tokens
-from .transfer import align, sort_updates, warn_of_limits
+from .transfer import align, sort_updates, structure, warn_of_limits
 
-# %% ../nbs/13_inspection.ipynb #258ab5aa
+# %% ../nbs/13_inspection.ipynb #33d218bf
 def sketch(
     name:str|os.PathLike, # a directory, `zoo/…`, or a Hub id
 ) -> Decoder: # with weights on the device `meta`
@@ -22,10 +24,10 @@ def sketch(
     source = resolve(name)
     with reading(name):
         config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-        with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
+        with init_empty_weights(include_buffers=False): model = AutoModelForCausalLM.from_config(config).eval()
     return Decoder(model, tokenizer, name)
 
-# %% ../nbs/13_inspection.ipynb #d197a1c3
+# %% ../nbs/13_inspection.ipynb #7c0add38
 def inspect(
     old:str|os.PathLike,                # the model that adapters were trained on
     new:str|os.PathLike,                # the model that they shall be carried to
@@ -60,7 +62,7 @@ def outlook(
     new:Decoder,        # where it shall go
 ) -> dict: # number of updates, their ranks, how many of each role, how many layers lose theirs
     "What of an adapter will be carried; raises `ValueError` if it belongs to another model"
-    updates = sort_updates(adapter, dict(name=old.name, stack=old.stack, **old.sizes()))
+    updates = sort_updates(adapter, structure(old))
     return dict(updates=len(updates), ranks=sorted({len(A) for A, _ in updates.values()}), roles={role: n for role in ROLES if (n := sum(r == role for _, r in updates))},
                 layers_without_partner=max(0, old.layers - new.layers))
 

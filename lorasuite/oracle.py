@@ -6,7 +6,7 @@
 __all__ = ['place_heads', 'vocabulary_matrix', 'renumber', 'extend_tokenizer', 'Truth', 'grown_sizes', 'special_ids',
            'empty_model', 'fill_block', 'grow']
 
-# %% ../nbs/03_oracle.ipynb #e179c62b
+# %% ../nbs/03_oracle.ipynb #71789c01
 import copy, json, math, random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from .model import ROLES, Decoder
+from .model import Decoder
 
 # %% ../nbs/03_oracle.ipynb #c2ffb6b7
 def place_heads(
@@ -88,7 +88,7 @@ class Truth:
     heads:list[list[int]] = field(default_factory=list)    # for each old layer, old query head: new query head
     neurons:list[list[int]] = field(default_factory=list)  # for each old layer, old neuron: new neuron
 
-# %% ../nbs/03_oracle.ipynb #fedd6929
+# %% ../nbs/03_oracle.ipynb #9231e043
 def grown_sizes(
     old:Decoder,            # the model to enlarge
     **sizes:int|None,       # new sizes; None keeps the old one
@@ -97,7 +97,7 @@ def grown_sizes(
     sizes = {k: n or getattr(old, k) for k, n in sizes.items()}
     for k, n in sizes.items():
         if k != 'kv_heads' and n < getattr(old, k): raise ValueError(f'{k}={n} is smaller than the old model\'s {getattr(old, k)}: grow only enlarges')
-    for role in ROLES:
+    for role in old.roles:
         if old.module(0, role).bias is not None: raise ValueError(f'{old.path(0, role)} has a bias: grow reads models without')
     kind = old.model.config.model_type
     if kind not in ('llama', 'mistral'): raise ValueError(f'{old.name} is of type {kind}: grow enlarges Llama and Mistral models')

@@ -56,11 +56,14 @@ def transfer_matrix(
     "H with E H ≈ E' in the least-squares sense (LoRASuite, section 3.1)"
     return torch.linalg.lstsq(E, E2, driver='gelsd').solution
 
-# %% ../nbs/04_transfer_matrix.ipynb #f06f2b5d
+# %% ../nbs/04_transfer_matrix.ipynb #72a2a572
 def normalise(
-    X:Tensor, # (n, hidden)
-) -> Tensor: # the same, each row divided by its root mean square
-    "RMSNorm without gain"
+    X:Tensor,       # (n, hidden)
+    kind:str='rms', # of the norm: `rms`, `layer`, or `none`
+) -> Tensor: # the same as readers see it
+    "RMSNorm without gain; for `layer` the mean of each row is taken out before, for `none` nothing is done"
+    if kind == 'none': return X
+    if kind == 'layer': X = X - X.mean(-1, keepdim=True)
     return X/X.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 # %% ../nbs/04_transfer_matrix.ipynb #0453ae46
@@ -75,13 +78,14 @@ def scaled_isometry(
     Z = X@(U@Vt)
     return U@Vt*((Z*Y).sum()/(Z*Z).sum().clamp_min(1e-300))
 
-# %% ../nbs/04_transfer_matrix.ipynb #fdee1d99
+# %% ../nbs/04_transfer_matrix.ipynb #3f4a7118
 def stream_maps(
     E:Tensor,   # (n, hidden) old embeddings of the shared tokens
     E2:Tensor,  # (n, hidden') new embeddings of the same tokens
+    kinds:tuple[str, str]=('rms', 'rms'), # how the two models normalise what they read
 ) -> tuple[Tensor, Tensor]: # read map R (hidden, hidden') with u ≈ R u', write map (hidden', hidden) with x' ≈ W x
     "How the normalised stream is read, and how the raw stream is written, in the new model"
-    return scaled_isometry(normalise(E2), normalise(E)).T, scaled_isometry(E, E2).T
+    return scaled_isometry(normalise(E2, kinds[1]), normalise(E, kinds[0])).T, scaled_isometry(E, E2).T
 
 # %% ../nbs/04_transfer_matrix.ipynb #927c158a
 def plot_spectrum(

@@ -1,20 +1,19 @@
 """Helpers of the tests: random models, random adapters, and what an adapter does to the logits"""
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from lorasuite.adapter import Adapter
 from lorasuite.model import Decoder
 
-FAMILIES = dict(llama=(LlamaConfig, LlamaForCausalLM), mistral=(MistralConfig, MistralForCausalLM), qwen2=(Qwen2Config, Qwen2ForCausalLM))
-
 def random_decoder(tokenizer, family='llama', hidden=64, layers=4, heads=4, kv_heads=2, intermediate=96, seed=0, **config):
-    "An untrained model whose norm gains and biases are random too"
-    Config, Model = FAMILIES[family]
+    "An untrained model whose norm gains, offsets and biases are random too"
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+                 intermediate_size=intermediate, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=1, tie_word_embeddings=False, initializer_range=.1)
+    if family == 'opt': sizes |= dict(ffn_dim=intermediate, word_embed_proj_dim=hidden)
+    if family in ('qwen3', 'gemma2', 'gemma3_text'): sizes |= dict(head_dim=hidden//heads)
     torch.manual_seed(seed)
-    model = Model(Config(vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=intermediate, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=1,
-        **dict(tie_word_embeddings=False, initializer_range=.1) | config)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes | config)).eval()
     for name, p in model.named_parameters():
-        if 'norm' in name: p.data.uniform_(.5, 2)
+        if p.ndim == 1 and name.endswith('weight'): p.data.uniform_(.5, 2)
         if name.endswith('bias'): p.data.normal_(std=.5)
     return Decoder(model, tokenizer, f'random/{family}')
 

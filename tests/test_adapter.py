@@ -7,10 +7,11 @@ from safetensors.torch import load_file, save_file
 from models import effect, error, logits, random_decoder, tokens
 from lorasuite.adapter import Adapter, balance, new_directory
 from lorasuite.finetune import finetune
-from lorasuite.model import ROLES, load_decoder, weight_hashes
+from lorasuite.wiring import ROLES
+from lorasuite.model import load_decoder, weight_hashes
 from lorasuite.transfer import align, transfer
 
-SEVEN = [p.rpartition('.')[2] for p in ROLES.values()]
+SEVEN = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 FILE = 'adapter_model.safetensors'
 
 def by_peft(decoder, path, config=None, **kwargs):

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 from lorasuite.cli import app
 from lorasuite.demo import ARMS
-from lorasuite.model import ROLES, data_dir, load_decoder
+from lorasuite.wiring import ROLES
+from lorasuite.model import data_dir, load_decoder
 
 ZOO = data_dir()/'zoo'
 

@@ -10,12 +10,13 @@ from models import effect, effect_error, error, logits, only, random_adapter, ra
 from lorasuite.adapter import Adapter
 from lorasuite.cka import probe_texts
 from lorasuite.finetune import fresh
-from lorasuite.model import Decoder, ROLES
+from lorasuite.wiring import ROLES
+from lorasuite.model import Decoder
 from lorasuite.oracle import extend_tokenizer, grow
 from lorasuite.transfer import Alignment, align, transfer
 from lorasuite.zoo import NEW_WORDS, corpus, new_tokenizer
 
-LEAVES = [p.rpartition('.')[2] for p in ROLES.values()]
+LEAVES = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 PARTS = ['', *LEAVES]                       # '' is the adapter as a whole
 IDENTITY, ORACLE = 1e-4, 1e-3
 

@@ -1,0 +1,47 @@
+"""The identity law in every family, and transfers between any two of them"""
+import warnings
+from functools import cache
+import pytest, torch
+from models import effect, effect_error, random_adapter, random_decoder, tokens
+from lorasuite.adapter import Adapter
+from lorasuite.cka import probe_texts
+from lorasuite.finetune import fresh
+from lorasuite.transfer import align, transfer
+
+FAMILIES = dict(llama={}, mistral={}, qwen2={}, qwen3={}, gemma2={}, gemma3_text={}, phi3={}, olmo2={}, gpt_neox={}, sequential_neox=dict(family='gpt_neox', use_parallel_residual=False),
+                bloom={}, gpt2={}, opt={}, falcon=dict(multi_query=True), falcon_rw=dict(family='falcon', multi_query=False, parallel_attn=False, alibi=True, bias=True),
+                falcon_40b=dict(family='falcon', new_decoder_architecture=True, num_kv_heads=2))
+PAIRS = [(a, b) for i, a in enumerate(FAMILIES) for j, b in enumerate(FAMILIES) if (j - i) % len(FAMILIES) in (1, 5, 8)]
+FEW = probe_texts()[:16]
+
+@pytest.fixture(scope='module')
+def model(tokenizer): return cache(lambda name: random_decoder(tokenizer, layers=2, **dict(family=name) | FAMILIES[name]))
+
+@pytest.fixture(scope='module')
+def trained(model): return cache(lambda name: random_adapter(fresh(model(name), 4)))
+
+def only(adapter, decoder, role):
+    "The updates of the modules that hold one role"
+    return Adapter({p: ab for p, ab in adapter.updates.items() if p.endswith(decoder.wiring.modules[role])}, adapter.base, adapter.layers)
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_identity(name, model, trained):
+    d, adapter = model(name), trained(name)
+    a = align(d, d, FEW)
+    assert a.layers == [(l, l) for l in range(d.layers)]
+    for maps in a.blocks: assert maps['heads'].tolist() == list(range(d.heads)) and maps['neurons'].tolist() == list(range(d.intermediate))
+    carried = transfer(adapter, a)
+    assert {p: len(A) for p, (A, _) in carried.updates.items()} == {p: len(A) for p, (A, _) in adapter.updates.items()}
+    assert effect_error(d, adapter, d, carried) <= 1e-4
+    for role in d.roles: assert effect_error(d, only(adapter, d, role), d, transfer(only(adapter, d, role), a)) <= 1e-4, role
+
+@pytest.mark.parametrize('old, new', PAIRS)
+def test_between_families(old, new, model, trained):
+    a, b = model(old), model(new)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        carried = transfer(trained(old), align(a, b, FEW))
+    roles = [r for r in b.roles if r in a.roles]
+    assert carried.updates.keys() == {b.path(l, r) for l in range(b.layers) for r in roles}
+    done = effect(b, tokens(), carried)
+    assert done.isfinite().all() and done.norm() > 0
