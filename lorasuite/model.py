@@ -36,7 +36,7 @@ def read_norm(
     if torch.allclose(turning, signs*flat): return 'rms', flat, torch.zeros_like(flat)
     return 'layer', signs*(turning - flat), flat
 
-# %% ../nbs/01_model.ipynb #bea50f03
+# %% ../nbs/01_model.ipynb #09a7b344
 class Decoder:
     "A decoder-only language model as a stack of blocks: its sizes, and its weights by layer and role"
     def __init__(self,
@@ -55,7 +55,6 @@ class Decoder:
         self.layers, self.intermediate = len(self.blocks), len(self.wiring.rows['up'])
         (self.heads, self.head_size), self.kv_heads = self.wiring.rows['q'].shape, len(self.wiring.rows['k'])
         self.hidden, self.vocab = outputs_of(self.module(0, 'o')), model.get_input_embeddings().weight.shape[0]
-        self._norms = {}
 
     def path(self, layer:int, role:str) -> str:
         "Dotted path of the module that holds `role` in block `layer`, as adapters name it"
@@ -70,8 +69,7 @@ class Decoder:
         "What `read_norm` says of the norm in front of `role` or, with `where='after'`, behind it; gain 1 and kind `none` where there is none"
         name = getattr(self.wiring, where).get(role)
         if name is None: return 'none', torch.ones(1).double(), torch.zeros(1).double()
-        if (layer, name) not in self._norms: self._norms[layer, name] = read_norm(self.blocks[layer].get_submodule(name))
-        return self._norms[layer, name]
+        return read_norm(self.blocks[layer].get_submodule(name))
     @property
     def norm_kind(self) -> str:
         "How readers see the stream: `rms`, `layer` (centred too) or `none`"

@@ -2,10 +2,12 @@
 import warnings
 from functools import cache
 import pytest, torch
-from models import effect, effect_error, random_adapter, random_decoder, tokens
+from models import effect, effect_error, error, logits, random_adapter, random_decoder, tokens
 from lorasuite.adapter import Adapter
 from lorasuite.cka import probe_texts
 from lorasuite.finetune import fresh
+from lorasuite.model import Decoder
+from lorasuite.oracle import grow
 from lorasuite.transfer import align, transfer
 
 FAMILIES = dict(llama={}, mistral={}, qwen2={}, qwen3={}, gemma2={}, gemma3_text={}, phi3={}, olmo2={}, gpt_neox={}, sequential_neox=dict(family='gpt_neox', use_parallel_residual=False),
@@ -45,3 +47,33 @@ def test_between_families(old, new, model, trained):
     assert carried.updates.keys() == {b.path(l, r) for l in range(b.layers) for r in roles}
     done = effect(b, tokens(), carried)
     assert done.isfinite().all() and done.norm() > 0
+
+# what each family allows to grow: heads are numbered where there is ALiBi; BLOOM normalises its embeddings and fixes the size of its MLP
+GROWTHS = dict(bloom=dict(layers=4), falcon_rw=dict(layers=4, intermediate=320))
+
+@pytest.fixture(scope='module')
+def grown(model):
+    @cache
+    def get(name):
+        d = model(name)
+        bigger, truth = grow(d, **GROWTHS.get(name, dict(hidden=96, layers=4, heads=6, kv_heads=max(1, 6*d.kv_heads//4), intermediate=320)), seed=3)
+        return Decoder(bigger, d.tokenizer, 'random/grown'), truth
+    return get
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_oracle(name, model, trained, grown):
+    d, adapter, (new, truth) = model(name), trained(name), grown(name)
+    assert error(logits(new, tokens()), logits(d, tokens())) <= 1e-4
+    there = align(d, new, FEW)
+    assert there.layers == list(enumerate(truth.layers))
+    for maps, heads, neurons in zip(there.blocks, truth.heads, truth.neurons):
+        assert maps['heads'][heads].tolist() == list(range(d.heads)) and maps['neurons'][neurons].tolist() == list(range(d.intermediate))
+    assert effect_error(d, adapter, new, transfer(adapter, there)) <= 1e-3
+    for role in d.roles: assert effect_error(d, only(adapter, d, role), new, transfer(only(adapter, d, role), there)) <= 1e-3, role
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_shrinking_is_exact(name, model, trained, grown):
+    d, adapter, (big, truth) = model(name), trained(name), grown(name)
+    back = align(big, d, FEW)
+    assert back.layers == [(b, a) for a, b in enumerate(truth.layers)]
+    assert effect_error(d, adapter, d, transfer(transfer(adapter, align(d, big, FEW)), back)) <= 1e-3

@@ -187,10 +187,10 @@ def test_oracle_with_other_axes_inside_heads_and_neurons(name, model, trained):
         assert effect_error(model(name), adapter, new, transfer(adapter, alignment), new_id=new_id) <= ORACLE, part
 
 def test_grow_refuses_what_it_cannot_keep(model):
-    with pytest.raises(ValueError, match='q_proj has a bias'): grow(model('qwen2'), hidden=96)
-    with pytest.raises(ValueError, match='has a bias'): grow(random_decoder(model('gqa').tokenizer, mlp_bias=True), hidden=96)
+    with pytest.raises(ValueError, match='cannot have head_size=16'): grow(model('qwen2'), hidden=96)
     with pytest.raises(ValueError, match='smaller than the old'): grow(model('gqa'), hidden=48)
     with pytest.raises(ValueError, match='do not fit'): grow(model('mha'), heads=4, kv_heads=2)
+    with pytest.raises(ValueError, match='cannot be enlarged so'): grow(random_decoder(model('gqa').tokenizer, 'falcon', alibi=True), heads=4, kv_heads=1)
 
 # ---- saving, linearity, scale, composition
 
