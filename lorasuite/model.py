@@ -6,37 +6,38 @@
 __all__ = ['read_norm', 'Decoder', 'data_dir', 'resolve', 'pick_device', 'pick_dtype', 'check_files', 'check_loaded', 'reading',
            'load_decoder', 'weight_hashes', 'differences']
 
-# %% ../nbs/01_model.ipynb #28622ec4
+# %% ../nbs/01_model.ipynb #c575a85e
 import importlib.resources, json, os
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils.sha import sha_fileobj
+from accelerate import cpu_offload
 from accelerate.utils import align_module_device
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
 from torch import nn, Tensor
-from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .wiring import ROLES, find_blocks, find_wiring, outputs_of, parts_of
 
-# %% ../nbs/01_model.ipynb #4ce3da6c
+# %% ../nbs/01_model.ipynb #237220ab
 def read_norm(
     norm:nn.Module,             # RMSNorm or LayerNorm
     ones:bool=False,            # as if all its parameters were 1, for a norm without weights
 ) -> tuple[str, Tensor, Tensor]: # `rms` or `layer`; (hidden,) gain and offset, in float64
     "Read what a norm does off two vectors that it is given: a constant one, and one of alternating sign"
     with align_module_device(norm), torch.no_grad():
-        params = {n: torch.ones(p.shape) if ones else p for n, p in norm.named_parameters()}
+        params = {n: nn.Parameter(torch.ones(p.shape) if ones else p.double().cpu()) for n, p in norm.named_parameters()}
         signs = torch.ones_like(next(iter(params.values())))
         signs[1::2] = -1
-        flat, turning = (functional_call(norm, params, 1024*x[None])[0].cpu().double() for x in (signs.abs(), signs))
-    signs = signs.cpu().double()
+        with patch.dict(norm._parameters, params): flat, turning = (type(norm).forward(norm, 1024*x[None])[0].double() for x in (signs.abs(), signs))
+    signs = signs.double()
     if torch.allclose(turning, signs*flat): return 'rms', flat, torch.zeros_like(flat)
     return 'layer', signs*(turning - flat), flat
 
-# %% ../nbs/01_model.ipynb #09a7b344
+# %% ../nbs/01_model.ipynb #ef6dd25b
 class Decoder:
     "A decoder-only language model as a stack of blocks: its sizes, and its weights by layer and role"
     def __init__(self,
@@ -119,8 +120,8 @@ class Decoder:
         return self.stream(torch.arange(self.vocab))
     @property
     def device(self) -> torch.device:
-        "Where the model is"
-        return self.model.device
+        "Where the model computes"
+        return pick_device() if self.model.device.type == 'meta' else self.model.device
     def sizes(self) -> dict:
         "The sizes that an upgrade can change"
         return {k: getattr(self, k) for k in ('vocab', 'hidden', 'intermediate', 'layers', 'heads', 'kv_heads', 'head_size')}
@@ -194,7 +195,7 @@ def check_loaded(
     for key, p in model.named_parameters():
         if not p.isfinite().all(): raise ValueError(f'{name}: {key} has values that are not finite: the file is damaged, fetch the model again')
 
-# %% ../nbs/01_model.ipynb #7def613b
+# %% ../nbs/01_model.ipynb #a09f3cba
 @contextmanager
 def reading(
     name:str|os.PathLike, # of a model, for messages
@@ -207,7 +208,8 @@ def reading(
 def load_decoder(
     name:str|os.PathLike|PreTrainedModel|Decoder, # a directory, `zoo/…`, a Hub id, a loaded model, or a `Decoder`, which is returned as it is
     device:torch.device|None=None,    # where to put it; the best device by default
-    dtype:torch.dtype|str|None=None,  # its dtype, `auto` for that of its files; what the device does best by default
+    dtype:torch.dtype|str|None=None,  # its dtype; what the device does best by default
+    lazy:bool=False,                  # leave the weights in their files and fetch each when it is needed?
 ) -> Decoder:
     "Load a model and its tokenizer; raises `ValueError` or `OSError` saying what is wrong with their files"
     if isinstance(name, Decoder): return name
@@ -217,9 +219,11 @@ def load_decoder(
     if Path(source).is_dir(): check_files(Path(source))
     with reading(name):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or pick_dtype(device), output_loading_info=True, ignore_mismatched_sizes=True)
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype='auto' if lazy else dtype or pick_dtype(device), output_loading_info=True, ignore_mismatched_sizes=True)
     check_loaded(name, model, report)
-    return Decoder(model.to(device).eval(), tokenizer, name)
+    if not lazy or getattr(model, 'is_quantized', False): return Decoder(model.to(device).eval(), tokenizer, name)
+    cpu_offload(model.eval(), device, state_dict=model.state_dict())
+    return Decoder(model.to(dtype or (model.dtype if device.type == 'cuda' else torch.float32)), tokenizer, name) # the dtype of placeholders, which weights take when they are fetched
 
 # %% ../nbs/01_model.ipynb #0af4fa57
 def weight_hashes(

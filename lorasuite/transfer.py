@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'left_maps', 'scales', 'take', 'exact_block', 'inverse', '
            'carry_heads', 'carry_update', 'shape_of', 'sharing', 'sort_updates', 'join', 'untrained', 'new_layers',
            'transfer', 'left_out', 'model_card']
 
-# %% ../nbs/08_transfer.ipynb #db3a15e5
+# %% ../nbs/08_transfer.ipynb #60329d60
 import json, math, os, warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from .wiring import ROLES
-from .model import Decoder, load_decoder, pick_device, weight_hashes
+from .model import Decoder, load_decoder, weight_hashes
 from .adapter import Adapter, balance, new_directory
 from .transfer_matrix import fit_quality, shared_tokens, stream_maps, transfer_matrix
 from .cka import cka_table
@@ -171,7 +171,7 @@ def describe(
     "What an alignment keeps of a model besides tensors"
     return structure(decoder) | dict(revision=getattr(decoder.model.config, '_commit_hash', None), sha256=weight_hashes(decoder.name))
 
-# %% ../nbs/08_transfer.ipynb #63800042
+# %% ../nbs/08_transfer.ipynb #63193cad
 METHODS = ('exact', 'paper')
 
 def warn_of_limits(
@@ -194,8 +194,7 @@ def align(
 ) -> Alignment:
     "Find the maps between two models; warns when tokens or head sizes leave them open"
     if method not in METHODS: raise ValueError(f'method={method!r}: choose one of {", ".join(METHODS)}')
-    dtype = 'auto' if pick_device().type == 'cuda' else torch.float32 # as stored: rounding to bfloat16 would blur the maps
-    old, new = load_decoder(old, dtype=dtype), load_decoder(new, dtype=dtype)
+    old, new = load_decoder(old, lazy=True), load_decoder(new, lazy=True)
     ids, ids2 = shared_tokens(old, new)
     E, E2 = old.stream(ids), new.stream(ids2)
     warn_of_limits(old, new, len(ids))
