@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PREFIX', 'REFUSED', 'PLAIN_STARTS', 'NOT_CARRIED', 'parse_key', 'check_pair', 'split_keys', 'scaling', 'check_config',
-           'adapter_dir', 'new_directory', 'check_fit', 'Adapter', 'balance']
+           'adapter_dir', 'parsing', 'writing', 'check_output', 'hold', 'temporary', 'new_directory', 'discard',
+           'check_fit', 'Adapter', 'balance']
 
-# %% ../nbs/02_adapter.ipynb #ee82ba61
-import json, os, shutil, tempfile
+# %% ../nbs/02_adapter.ipynb #5715d889
+import glob, os, shutil, tempfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,8 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .wiring import inputs_of, outputs_of
 from .model import Decoder, resolve
+try: import fcntl
+except ImportError: fcntl = None # Windows
 
-# %% ../nbs/02_adapter.ipynb #39ae7c67
+# %% ../nbs/02_adapter.ipynb #7d66be8a
 PREFIX = 'base_model.model.'
 REFUSED = {
     'lora_magnitude_vector': 'DoRA makes ΔW dense: merge it into the base and extract a LoRA again',
@@ -66,7 +69,9 @@ def split_keys(
     pairs = {}
     for key, t in tensors.items():
         path, side = parse_key(key, file)
-        pairs.setdefault(path, {})[side] = t
+        if not t.is_floating_point(): raise ValueError(f'{file}: {key} is of type {t.dtype}: give the adapter before it was quantised')
+        if side in pairs.setdefault(path, {}): raise ValueError(f'{file}: {path} has two lora_{side}: save the adapter again')
+        pairs[path][side] = t
     for path, pair in pairs.items():
         check_pair(path, pair, sides, file)
         if 'E' in pair: pair['A'] = pair['A']*pair.pop('E')
@@ -85,7 +90,7 @@ def scaling(
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), path), config.lora_alpha)
     return alpha/(rank**.5 if config.use_rslora else rank)
 
-# %% ../nbs/02_adapter.ipynb #0569b524
+# %% ../nbs/02_adapter.ipynb #2cda362a
 PLAIN_STARTS = ('true', 'false', 'gaussian', 'eva', 'orthogonal', 'mica')
 NOT_CARRIED = ('modules_to_save', 'trainable_token_indices', 'target_parameters', 'layer_replication', 'use_qalora',
                'use_bdlora', 'alora_invocation_tokens', 'arrow_config', 'kasa_config', 'monteclora_config')
@@ -97,13 +102,14 @@ def check_config(
     "Raise `ValueError` for adapters whose tensors are not updates of the base weights"
     kind = getattr(config.peft_type, 'value', config.peft_type)
     if kind not in ('LORA', 'ADALORA'): raise ValueError(f'{file}: {kind} adapter, not a LoRA')
+    if not isinstance(config.base_model_name_or_path, str|None): raise ValueError(f'{file}: base_model_name_or_path={config.base_model_name_or_path!r} is not a name')
     for name in NOT_CARRIED:
         if getattr(config, name, None): raise ValueError(f'{file}: {name} is not carried: train the adapter without it')
     if str(config.init_lora_weights).lower() not in PLAIN_STARTS:
         raise ValueError(f'{file}: init_lora_weights={config.init_lora_weights!r} changes the base weights, so B A is not the update: '
                          'save the adapter again with save_pretrained(…, path_initial_model_for_weight_conversion=…)')
 
-# %% ../nbs/02_adapter.ipynb #7923e39d
+# %% ../nbs/02_adapter.ipynb #f49e854c
 def adapter_dir(
     name:str|os.PathLike, # a directory, `zoo/…`, or a Hub id
 ) -> Path:
@@ -115,21 +121,83 @@ def adapter_dir(
         if not (Path(source)/f).is_file(): raise FileNotFoundError(f'{name} has no {f}: give the directory of a PEFT adapter saved as safetensors')
     return Path(source)
 
-# %% ../nbs/02_adapter.ipynb #6b7359b2
+@contextmanager
+def parsing(
+    file:Path, # of an adapter
+):
+    "Let whatever goes wrong while a library reads `file` be a `ValueError` that names it"
+    try: yield
+    except Exception as e: raise ValueError(f'{file} is not readable ({type(e).__name__}: {e}): save the adapter again') from None
+
+# %% ../nbs/02_adapter.ipynb #102cb447
+@contextmanager
+def writing(
+    path:str|os.PathLike, # what is written, for messages
+):
+    "Let whatever keeps a library from writing be an `OSError` that names `path`"
+    try: yield
+    except (OSError, RuntimeError, SafetensorError) as e: # `torch.save` and safetensors have errors of their own for a full disk
+        raise OSError(f'cannot write {path} ({getattr(e, "strerror", None) or e}): make room or get permission there, or name another output') from None
+
+def check_output(
+    path:str|os.PathLike, # directory to make
+):
+    "Raise `FileExistsError` if `path` exists, and an `OSError` that names it if it cannot be made"
+    path = Path(path)
+    if os.path.lexists(path): raise FileExistsError(f'{path} exists already: name another output, or remove it')
+    with writing(path):
+        home = next(p for p in path.absolute().parents if p.exists())
+        with tempfile.TemporaryFile(dir=home) as f: f.write(bytes(1 << 16))
+
+# %% ../nbs/02_adapter.ipynb #09523a4d
+def hold(
+    folder:Path, # a directory
+) -> int|None: # file descriptor to close; `None` where another process holds it, or nobody can
+    "Lock a directory, at most for as long as this process lives"
+    try: handle = os.open(folder, os.O_RDONLY)
+    except OSError: return None
+    try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, AttributeError): return os.close(handle)
+    return handle
+
+def temporary(
+    path:Path, # a directory
+) -> Path: # a new hidden directory
+    "A place beside `path` where it is filled or emptied unseen; what killed runs left in such places is removed"
+    for left in path.parent.glob(f'.{glob.escape(path.name)}-lorasuite-*'):
+        if (handle := hold(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(handle)
+    return Path(tempfile.mkdtemp(prefix=f'.{path.name}-lorasuite-', dir=path.parent))
+
 @contextmanager
 def new_directory(
     path:str|os.PathLike, # directory to make
 ): # yields a temporary `Path` beside it
-    "Fill a temporary directory that becomes `path` when all went well, and vanishes otherwise; raises `FileExistsError` if `path` exists"
+    "Fill a temporary directory that becomes `path` when all went well, and vanishes otherwise; raises what `check_output` raises"
     path = Path(path)
-    if path.exists(): raise FileExistsError(f'{path} exists already: name another output, or remove it')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
+    check_output(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = temporary(path)
+    handle = hold(tmp)
     try:
         yield tmp
-        tmp.chmod(0o755)
-        tmp.rename(path)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+        with writing(path):
+            tmp.chmod(0o755)
+            tmp.rename(path)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if handle is not None: os.close(handle)
+
+def discard(
+    path:Path, # a directory; it may be missing
+):
+    "Remove a directory, which others see whole or not at all"
+    if not path.is_dir(): return
+    tmp = temporary(path)
+    path.rename(tmp/path.name)
+    shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/02_adapter.ipynb #86710f81
 def check_fit(
@@ -145,7 +213,7 @@ def check_fit(
             raise ValueError(f'the update of {path} is {B.shape[0]}×{A.shape[1]}, the weight of {decoder.name} is {"×".join(map(str, shapes[path]))}: '
                              'was the adapter trained on another model?')
 
-# %% ../nbs/02_adapter.ipynb #e6cde942
+# %% ../nbs/02_adapter.ipynb #3155a7f3
 @dataclass
 class Adapter:
     "Updates `ΔW = B A` of named modules; the scale α/r is baked into B"
@@ -160,14 +228,14 @@ class Adapter:
     ) -> 'Adapter':
         "Read a PEFT LoRA adapter; raises `ValueError` naming the key or setting that is not a plain update"
         path = adapter_dir(name)
-        file = path/'adapter_model.safetensors'
-        try: config = PeftConfig.from_pretrained(str(path))
-        except (ValueError, TypeError, KeyError) as e: raise ValueError(f'{path}/adapter_config.json is not readable: {e}') from None
-        check_config(config, path/'adapter_config.json')
-        sides = 'ABE' if isinstance(config, AdaLoraConfig) else 'AB'
-        try: tensors = load_file(file)
-        except SafetensorError as e: raise ValueError(f'{file} is damaged ({e}): save the adapter again') from None
-        updates = {p: (t['A'].float(), t['B'].float()*scaling(config, p, len(t['A']))) for p, t in split_keys(tensors, file, sides).items()}
+        settings, file = path/'adapter_config.json', path/'adapter_model.safetensors'
+        with parsing(settings): config = PeftConfig.from_pretrained(str(path))
+        check_config(config, settings)
+        with parsing(file): tensors = {k: t.float() if t.is_floating_point() else t for k, t in load_file(file).items()}
+        pairs = split_keys(tensors, file, 'ABE' if isinstance(config, AdaLoraConfig) else 'AB')
+        with parsing(settings): updates = {p: (t['A'], t['B']*scaling(config, p, len(t['A']))) for p, t in pairs.items()}
+        for p, ab in updates.items():
+            if not all(t.isfinite().all() for t in ab): raise ValueError(f'{settings} makes the update of {p} infinite: save the adapter again')
         return cls(updates, config.base_model_name_or_path or '')
 
     @classmethod
@@ -177,7 +245,7 @@ class Adapter:
         "Take the active adapter off a PEFT model, leaving the model as it is"
         name = model.active_adapter
         with tempfile.TemporaryDirectory() as d:
-            model.save_pretrained(d, selected_adapters=[name], save_embedding_layers=False)
+            with writing(d): model.save_pretrained(d, selected_adapters=[name], save_embedding_layers=False)
             return cls.load(d if name == 'default' else Path(d)/name)
 
     def config(self) -> LoraConfig:
@@ -194,7 +262,7 @@ class Adapter:
         path:str|os.PathLike, # directory to make; it must not exist
     ):
         "Write adapter_config.json, adapter_model.safetensors and README.md, all or nothing"
-        with new_directory(path) as tmp:
+        with new_directory(path) as tmp, writing(path):
             self.config().save_pretrained(str(tmp))
             save_file({f'{PREFIX}{p}.lora_{s}.weight': t.float().contiguous().clone() for p, ab in self.updates.items() for s, t in zip('AB', ab)},
                       tmp/'adapter_model.safetensors', metadata={'format': 'pt'})

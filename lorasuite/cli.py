@@ -4,24 +4,24 @@
 
 # %% auto #0
 __all__ = ['app', 'Old', 'New', 'Source', 'Out', 'Data', 'Texts', 'Method', 'Steps', 'Rate', 'Seed', 'Json', 'fail', 'command',
-           'free', 'bar', 'checkpoints', 'finish', 'lines_of', 'demo', 'inspect', 'align', 'transfer', 'finetune',
-           'evaluate', 'upgrade']
+           'bar', 'checkpoints', 'finish', 'lines_of', 'demo', 'inspect', 'align', 'transfer', 'finetune', 'evaluate',
+           'upgrade']
 
-# %% ../nbs/14_cli.ipynb #2c3faba3
-import functools, json, shutil, sys, traceback, warnings
+# %% ../nbs/14_cli.ipynb #a822780b
+import functools, json, sys, traceback, warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Optional
 import transformers, typer
 from .model import load_decoder
-from .adapter import Adapter
+from .adapter import Adapter, check_output, discard
 from .transfer import METHODS, Alignment, align as make_alignment, transfer as carry
 from .finetune import finetune as tune, load_data, read_utf8
 from .evaluate import evaluate as measure
 from .demo import demo as run_demo
 from .inspection import inspect as look, text_report
 
-# %% ../nbs/14_cli.ipynb #78c90795
+# %% ../nbs/14_cli.ipynb #96f78059
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='Carry a LoRA adapter from an old language model to its successor.')
 
 Old = Annotated[str, typer.Argument(help='model that the adapter was trained on: a directory, a Hub id, or zoo/old')]
@@ -37,8 +37,8 @@ Seed = Annotated[int, typer.Option(help='of the order of the examples')]
 Json = Annotated[bool, typer.Option('--json', help='print one JSON object on stdout, and nothing else there')]
 
 def fail(message:str, status:int):
-    "Say what is wrong on stderr and stop"
-    print(f'lorasuite: {message}', file=sys.stderr)
+    "Say in one line what is wrong, on stderr, and stop"
+    print('lorasuite:', *message.splitlines(), file=sys.stderr)
     raise typer.Exit(status)
 
 def command(f):
@@ -59,10 +59,6 @@ def command(f):
         print(json.dumps(result) if as_json else '\n'.join(f'{k}: {v}' for k, v in result.items()))
     return app.command()(run)
 
-def free(out:Path):
-    "Refuse an output that exists, before any work"
-    if out.exists(): raise FileExistsError(f'{out} exists already: name another output, or remove it')
-
 def bar() -> bool:
     "Show progress bars only to a person"
     return sys.stderr.isatty()
@@ -74,13 +70,13 @@ def checkpoints(out:Path) -> Path:
 def finish(adapter:Adapter, out:Path):
     "Save the adapter and throw its checkpoints away"
     adapter.save(out)
-    shutil.rmtree(checkpoints(out), ignore_errors=True)
+    discard(checkpoints(out))
 
 def lines_of(path:Path|None) -> list[str]|None:
     "Lines of a text file"
     return path and [l for l in read_utf8(path).splitlines() if l.strip()]
 
-# %% ../nbs/14_cli.ipynb #771c9e21
+# %% ../nbs/14_cli.ipynb #88272893
 @command
 def demo(
     out:Out=Path('lorasuite-demo'),
@@ -102,7 +98,7 @@ def inspect(old:Old, new:New, adapter:Annotated[Optional[str], typer.Argument(he
 @command
 def align(old:Old, new:New, out:Out, texts:Texts=None, method:Method='exact', json_:Json=False):
     "Find the maps between two models; they serve every adapter."
-    free(out)
+    check_output(out)
     alignment = make_alignment(old, new, lines_of(texts), method, progress=bar())
     alignment.save(out)
     return dict(out=str(out), method=method, layers=alignment.layers, fit=alignment.fit)
@@ -110,7 +106,7 @@ def align(old:Old, new:New, out:Out, texts:Texts=None, method:Method='exact', js
 @command
 def transfer(adapter:Source, alignment:Annotated[Path, typer.Argument(help='directory made by `lorasuite align`')], out:Out, json_:Json=False):
     "Carry an adapter along an alignment."
-    free(out)
+    check_output(out)
     carried = carry(adapter, Alignment.load(alignment))
     carried.save(out)
     return dict(out=str(out), adapter=str(carried))
@@ -120,7 +116,7 @@ def finetune(
     new:New, adapter:Source, data:Data, out:Out, steps:Steps=None, lr:Rate=1e-4, seed:Seed=0, json_:Json=False,
 ):
     "Tune a carried adapter lightly on labelled examples; interrupted, it goes on from the last checkpoint when started again."
-    free(out)
+    check_output(out)
     rows, start, base = load_data(data), Adapter.load(adapter), load_decoder(new)
     tuned, losses = tune(base, rows, start, steps, lr, seed=seed, checkpoints=checkpoints(out), progress=bar())
     finish(tuned, out)
@@ -137,7 +133,7 @@ def evaluate(base:Annotated[str, typer.Argument(help='model to ask')], data:Data
 def upgrade(old:Old, new:New, adapter:Source, out:Out, data:Annotated[Optional[str], typer.Option(help='labelled examples for a light fine-tuning')]=None,
             texts:Texts=None, method:Method='exact', steps:Steps=None, lr:Rate=1e-4, seed:Seed=0, json_:Json=False):
     "Align two models, carry an adapter and, given labels, tune it lightly: all in one go."
-    free(out)
+    check_output(out)
     source, rows = Adapter.load(adapter), data and load_data(data)
     carried, losses = carry(source, make_alignment(old, new, lines_of(texts), method, progress=bar())), []
     if rows: carried, losses = tune(load_decoder(new), rows, carried, steps, lr, seed=seed, checkpoints=checkpoints(out), progress=bar())

@@ -6,8 +6,8 @@
 __all__ = ['FEW', 'RANK', 'GRID', 'RUN', 'GRID_ALL', 'ARMS', 'Arm', 'questions', 'few', 'runs', 'best_setting', 'tune', 'sweep',
            'carry', 'record_runs', 'arms', 'size', 'gain_share', 'table', 'plot_arms', 'save_plots', 'demo']
 
-# %% ../nbs/12_demo.ipynb #6a59cbca
-import json, os, random, shutil, statistics, time
+# %% ../nbs/12_demo.ipynb #2abacec5
+import json, os, random, statistics, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -17,7 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from tqdm.auto import tqdm
 from .model import Decoder, data_dir, load_decoder
-from .adapter import Adapter, new_directory
+from .adapter import Adapter, check_output, discard, new_directory
 from .transfer_matrix import plot_spectrum, shared_tokens, transfer_matrix
 from .layer_mapping import plot_layer_map
 from .head_mapping import head_similarity, plot_head_map
@@ -215,7 +215,7 @@ def plot_arms(
     ax.set(xlabel='accuracy on the test questions', xlim=(0, 1))
     return ax
 
-# %% ../nbs/12_demo.ipynb #ad7c0ae6
+# %% ../nbs/12_demo.ipynb #1bc8eb17
 def save_plots(
     path:Path,          # directory to write to
     done:list[Arm],     # the arms
@@ -244,10 +244,10 @@ def demo(
 ) -> list[Arm]:
     "Carry the shipped adapter from `zoo/old` to `zoo/new` and compare; writes results.json, plots and adapter/"
     out, begin = Path(out), time.perf_counter()
-    if out.exists() and not (out/'results.json').is_file(): raise FileExistsError(f'{out} exists and is not an earlier demo: name another output, or remove it')
+    if not (out/'results.json').is_file(): check_output(out)
     say('Carrying an adapter from zoo/old to its successor zoo/new')
     done, ours, paper, best = arms(say=say)
-    if out.exists(): shutil.rmtree(out)
+    discard(out)
     with new_directory(out) as tmp:
         save_plots(tmp, done, ours, paper)
         best.save(tmp/'adapter')

@@ -6,22 +6,21 @@
 __all__ = ['METHODS', 'left_maps', 'scales', 'take', 'exact_block', 'inverse', 'gains', 'pseudo_inverse', 'paper_block',
            'Alignment', 'structure', 'describe', 'warn_of_limits', 'align', 'read_through', 'write_through',
            'carry_heads', 'carry_update', 'shape_of', 'sharing', 'sort_updates', 'join', 'untrained', 'new_layers',
-           'transfer', 'left_out', 'model_card']
+           'transfer', 'try_out', 'left_out', 'model_card']
 
-# %% ../nbs/08_transfer.ipynb #60329d60
+# %% ../nbs/08_transfer.ipynb #e7bdcb8b
 import json, math, os, warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from .wiring import ROLES
 from .model import Decoder, load_decoder, weight_hashes
-from .adapter import Adapter, balance, new_directory
+from .adapter import Adapter, balance, new_directory, writing
 from .transfer_matrix import fit_quality, shared_tokens, stream_maps, transfer_matrix
 from .cka import cka_table
 from .layer_mapping import layer_map
@@ -112,7 +111,7 @@ def paper_block(
     maps['down_out'], maps['down_in'] = pseudo_inverse(down), H@down2
     return maps | {k: torch.full_like(g, 'gain' in k) for k, g in gains(old, l, new, l2).items()}
 
-# %% ../nbs/08_transfer.ipynb #502d0165
+# %% ../nbs/08_transfer.ipynb #fb62d567
 @dataclass
 class Alignment:
     "All that is needed to carry any adapter of one model to another"
@@ -131,7 +130,7 @@ class Alignment:
     ):
         "Write alignment.json and alignment.safetensors, all or nothing; raises `FileExistsError`"
         tensors = {f'{i}.{k}': t for i, b in enumerate(self.blocks) for k, t in b.items()} | dict(read=self.read, write=self.write, cka=self.cka)
-        with new_directory(path) as tmp:
+        with new_directory(path) as tmp, writing(path):
             (tmp/'alignment.json').write_text(json.dumps(dict(method=self.method, old=self.old, new=self.new, layers=self.layers, fit=self.fit), indent=1))
             save_file({k: (t.float() if t.is_floating_point() else t).contiguous().clone() for k, t in tensors.items()}, tmp/'alignment.safetensors')
 
@@ -141,15 +140,18 @@ class Alignment:
     ) -> 'Alignment':
         "Read an alignment; raises `ValueError` when `path` holds none or a damaged one"
         path = Path(path)
-        try: head, tensors = json.loads((path/'alignment.json').read_text()), load_file(path/'alignment.safetensors')
-        except (OSError, json.JSONDecodeError, SafetensorError) as e:
-            raise ValueError(f'{path} is not a readable alignment ({e}): make it with `lorasuite align`') from None
-        blocks = [{} for _ in head['layers']]
-        for k, t in tensors.items():
-            i, dot, name = k.partition('.')
-            if dot: blocks[int(i)][name] = t.double() if t.is_floating_point() else t
-        layers = [tuple(p) for p in head.pop('layers')]
-        return cls(**head, layers=layers, blocks=blocks, **{k: tensors[k].double() for k in ('read', 'write', 'cka')})
+        try:
+            head, tensors = json.loads((path/'alignment.json').read_text()), load_file(path/'alignment.safetensors')
+            blocks = [{} for _ in head['layers']]
+            for k, t in tensors.items():
+                i, dot, name = k.partition('.')
+                if dot: blocks[int(i)][name] = t.double() if t.is_floating_point() else t
+            layers = [tuple(map(int, p)) for p in head.pop('layers')]
+            alignment = cls(**head, layers=layers, blocks=blocks, **{k: tensors[k].double() for k in ('read', 'write', 'cka')})
+            try_out(alignment)
+        except Exception as e: # damaged files end in errors of all kinds
+            raise ValueError(f'{path} is not a readable alignment ({type(e).__name__}: {e}): make it with `lorasuite align`') from None
+        return alignment
 
     @property
     def both(self) -> list[str]:
@@ -327,7 +329,7 @@ def untrained(
     "An update that changes nothing yet and can be trained"
     return torch.nn.init.kaiming_uniform_(torch.empty(rank, out_in[1]), a=math.sqrt(5), generator=generator), torch.zeros(out_in[0], rank)
 
-# %% ../nbs/08_transfer.ipynb #a61780fd
+# %% ../nbs/08_transfer.ipynb #829a4c84
 def new_layers(
     updates:dict,           # (layer, role): A, B of the old model
     alignment:Alignment,    # of the old model with the new
@@ -355,6 +357,24 @@ def transfer(
         ab = join({role: out[l2, role] for role in rows if (l2, role) in out}, rows)
         named[f"{new['stack']}.{l2}.{module}"] = tuple(t.float().contiguous() for t in ab)
     return Adapter(named, new['name'], new['layers'], model_card(adapter, alignment))
+
+def try_out(
+    alignment:Alignment, # as read from files
+):
+    "Carry an update of rank one of every module, which ends in some error if the alignment is damaged"
+    a = alignment
+    if a.method not in METHODS or not a.both or a.cka.shape != (a.old['layers'], a.new['layers']) or a.read.shape != (a.old['hidden'], a.new['hidden']): raise ValueError('its parts do not belong together')
+    for model in (a.old, a.new):
+        for role in model['modules']:
+            if sum(end - start for start, end in model['rows'].get(role, [[0, model['hidden']]])) != shape_of(role, model)[0]: raise ValueError(f'the outputs of {role} are of another number')
+    trial = {}
+    for module in {*a.old['modules'].values()}:
+        rows = sharing(module, a.old)
+        A, B = torch.ones(1, shape_of([*rows][0], a.old)[1]), torch.ones(sum(map(len, rows.values())), 1)
+        trial |= {f"{a.old['stack']}.{l}.{module}": (A, B) for l in range(a.old['layers'])}
+    carried = transfer(Adapter(trial), a)
+    if not {(l, role) for l in range(a.new['layers']) for role in a.both} <= sort_updates(carried, a.new).keys(): raise ValueError('its layers do not match')
+    if not all(t.isfinite().all() for ab in carried.updates.values() for t in ab): raise ValueError('its maps are not finite')
 
 def left_out(
     alignment:Alignment,    # of two models

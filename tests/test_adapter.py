@@ -171,8 +171,11 @@ def nan(tensors): tensors[[*tensors][0]][0, 0] = float('nan')
 def half(tensors): del tensors['base_model.model.model.layers.2.self_attn.v_proj.lora_A.weight']
 def shape(tensors): tensors['base_model.model.model.layers.2.self_attn.v_proj.lora_A.weight'] = torch.ones(3, 64)
 def nothing(tensors): tensors.clear()
+def integers(tensors): tensors.update({k: t.to(torch.int8) for k, t in tensors.items()})
+def twice(tensors): tensors['base_model.model.model.layers.2.self_attn.v_proj.lora_A'] = torch.ones(4, 64)
 
-@pytest.mark.parametrize('damage, message', [(nan, 'not finite'), (half, r'layers\.2\.self_attn\.v_proj has lora_B, but should have lora_A and lora_B'), (shape, 'do not multiply'), (nothing, 'holds no LoRA update')])
+@pytest.mark.parametrize('damage, message', [(nan, 'not finite'), (half, r'layers\.2\.self_attn\.v_proj has lora_B, but should have lora_A and lora_B'), (shape, 'do not multiply'), (nothing, 'holds no LoRA update'),
+    (integers, 'is of type torch.int8: give the adapter before it was quantised'), (twice, r'layers\.2\.self_attn\.v_proj has two lora_A')])
 def test_damaged_tensors(decoder, tmp_path, damage, message):
     with pytest.raises(ValueError, match=message): Adapter.load(edit(by_peft(decoder, tmp_path/'a'), damage))
 
@@ -180,7 +183,7 @@ def test_damaged_tensors(decoder, tmp_path, damage, message):
 def test_truncated_file(decoder, tmp_path, keep):
     file = by_peft(decoder, tmp_path/'a')/FILE
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match='damaged'): Adapter.load(tmp_path/'a')
+    with pytest.raises(ValueError, match='is not readable'): Adapter.load(tmp_path/'a')
 
 def test_missing_or_unreadable_files(decoder, tmp_path):
     with pytest.raises(FileNotFoundError, match='no such directory'): Adapter.load(tmp_path/'none')
@@ -196,6 +199,9 @@ def test_wrong_model(decoder, adapter, tokenizer):
         with adapter.on(shallow): pass
     with pytest.raises(ValueError, match=r'is \d+×\d+, the weight of .* is \d+×\d+: was the adapter trained on another'):
         with adapter.on(narrow): pass
+
+def test_infinite_scale(decoder, tmp_path):
+    with pytest.raises(ValueError, match='adapter_config.json makes the update of .*q_proj infinite'): Adapter.load(by_peft(decoder, tmp_path/'a', lora_alpha=1e40))
 
 # ---- all or nothing
 

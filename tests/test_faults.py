@@ -7,6 +7,8 @@ from lorasuite.cli import app
 from lorasuite.model import data_dir, load_decoder
 
 ZOO = data_dir()/'zoo'
+PICKLE = b'cos\nsystem\n(S"touch %s"\ntR.'
+ADAPTER = 'adapter_model.safetensors'
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 SHARDS = ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
 UP = 'model.layers.1.mlp.up_proj.weight'
@@ -46,7 +48,29 @@ def remove(*names):
 def pickled(folder):
     "A pickle that would run a command, in place of the weights"
     (folder/WEIGHTS).unlink()
-    (folder/'pytorch_model.bin').write_bytes(b'cos\nsystem\n(S"touch ' + os.fsencode(folder/'was_here') + b'"\ntR.')
+    (folder/'pytorch_model.bin').write_bytes(PICKLE % os.fsencode(folder/'was_here'))
+
+def in_place_of(name, make):
+    "What puts something else where a file was"
+    def damage(folder):
+        (folder/name).unlink(missing_ok=True)
+        make(folder/name)
+    return damage
+
+def dangling(path): path.symlink_to(path.parent/'nowhere')
+
+def shard_directories(folder):
+    "An index that names directories"
+    shards(SHARDS, [])(folder)
+    for name in SHARDS: (folder/name).mkdir()
+
+def tokenizer(change):
+    "What changes the tokenizer: a function of token and id"
+    def damage(folder):
+        state = json.loads((folder/'tokenizer.json').read_text())
+        state['model'] |= dict(vocab=dict(change(*t) for t in state['model']['vocab'].items()), merges=[])
+        (folder/'tokenizer.json').write_text(json.dumps(state | dict(added_tokens=[])))
+    return damage
 
 MODELS = dict(
     truncated=(lambda folder: os.truncate(folder/WEIGHTS, 50_000), f'{WEIGHTS} is damaged.*fetch'),
@@ -59,6 +83,9 @@ MODELS = dict(
     unknown_weight=(tensors(lambda t: {'model.layers.0.mlp.extra.weight': torch.ones(3)}), 'first model.layers.0.mlp.extra.weight.*no place for'),
     missing_shard=(shards(SHARDS, SHARDS[:1]), f'{INDEX} names {SHARDS[1]}, which is not there'),
     shard_outside=(shards(['../outside.safetensors', SHARDS[1]], ['../outside.safetensors', SHARDS[1]]), r'names \.\./outside.safetensors, which is not in its directory'),
+    dangling_weights=(in_place_of(WEIGHTS, dangling), f'{WEIGHTS} is damaged.*fetch'),
+    weights_a_directory=(in_place_of(WEIGHTS, os.mkdir), f'{WEIGHTS} is damaged.*fetch'),
+    shards_are_directories=(shard_directories, f'{INDEX} names {SHARDS[0]}, which is not there'),
     index_unreadable=(text(INDEX, b'{"weight_map": '), f'{INDEX} is not a readable index'),
     index_without_map=(text(INDEX, b'{}'), f'{INDEX} is not a readable index'),
     index_a_list=(text(INDEX, b'[]'), f'{INDEX} is not a readable index'),
@@ -73,6 +100,7 @@ MODELS = dict(
     custom_code=(config(model_type='nonsense', auto_map=dict(AutoConfig='evil.Config', AutoModelForCausalLM='evil.Model')), 'trust_remote_code'),
     pickle=(pickled, 'cannot load.*weights_only'),
     no_tokenizer=(remove('tokenizer.json', 'tokenizer_config.json'), 'tokenizer'),
+    ids_beyond_the_table=(tokenizer(lambda t, i: (t, i + 300)), 'ids up to 847, its embedding table 548 rows: is the tokenizer another'),
     tokenizer_unreadable=(text('tokenizer.json', b'{'), 'cannot load a model and its tokenizer'),
 )
 
@@ -106,6 +134,31 @@ def file(folder, name, content):
     (folder/name).write_bytes(content)
     return folder/name
 
+def copy(folder, name, damage):
+    "A model or an adapter of the zoo, damaged"
+    shutil.copytree(ZOO/name, folder/name)
+    damage(folder/name)
+    return folder/name
+
+def adapter(damage): return lambda w: ['upgrade', 'zoo/old', 'zoo/new', copy(w, 'adapter', damage)]
+
+def keys(change):
+    "What renames the tensors of an adapter, or adds to them"
+    def damage(folder):
+        t = load_file(folder/ADAPTER)
+        save_file({name: x.clone() for k, x in t.items() for name in change(k)}, folder/ADAPTER)
+    return damage
+
+def pickled_adapter(folder):
+    "A pickle that would run a command, in place of the adapter"
+    (folder/ADAPTER).unlink()
+    (folder/'adapter_model.bin').write_bytes(PICKLE % os.fsencode(folder.parent/'was_here'))
+
+def two(folder):
+    "Two adapters below a directory"
+    for name in ('first', 'second'): shutil.copytree(ZOO/'adapter', folder/name)
+    for f in folder.glob('adapter_*'): f.unlink()
+
 REQUESTS = dict(
     no_texts=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'')], 'no probe text'),
     blank_texts=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'\n \n')], 'no probe text'),
@@ -120,6 +173,16 @@ REQUESTS = dict(
     adapter_is_a_model=(lambda w: ['upgrade', 'zoo/old', 'zoo/new', 'zoo/old'], 'adapter_config.json'),
     model_is_an_adapter=(lambda w: ['upgrade', 'zoo/adapter', 'zoo/new', 'zoo/adapter'], 'zoo/adapter'),
     alignment_is_a_model=(lambda w: ['transfer', 'zoo/adapter', ZOO/'old'], 'lorasuite align'),
+    no_shared_token=(lambda w: ['align', 'zoo/old', copy(w, 'new', tokenizer(lambda t, i: (f'{t}~~', i)))], 'share no token'),
+    too_deep=(adapter(keys(lambda k: [k.replace('layers.3', 'layers.9')])), 'updates model.layers.9'),
+    unknown_module=(adapter(keys(lambda k: [k.replace('up_proj', 'upper')])), 'mlp.upper, which is no projection of a block of zoo/old'),
+    unknown_key=(adapter(keys(lambda k: [k.replace('lora_', 'lara_')])), 'is not a LoRA update'),
+    two_adapters_in_a_file=(adapter(keys(lambda k: [k.replace('.weight', f'.{name}.weight') for name in ('first', 'second')])), '.first.weight is not a LoRA update'),
+    two_adapters=(adapter(two), 'has no adapter_config.json: give the directory of a PEFT adapter'),
+    adapter_unreadable=(adapter(text('adapter_config.json', b'{')), 'adapter_config.json is not readable'),
+    adapter_a_pickle=(adapter(pickled_adapter), 'has no adapter_model.safetensors: give the directory of a PEFT adapter saved as safetensors'),
+    adapter_dangling=(adapter(in_place_of(ADAPTER, dangling)), 'has no adapter_model.safetensors'),
+    texts_a_directory=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', w], 'Is a directory'),
     wrong_way_round=(lambda w: ['upgrade', 'zoo/new', 'zoo/old', 'zoo/adapter'], 'another model'),
 )
 
@@ -130,5 +193,5 @@ def test_impossible_request(tmp_path, name):
     if args[0] != 'evaluate' and '-o' not in args: args += ['-o', str(tmp_path/'out')]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 2, result.output
-    assert message in result.stderr
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before

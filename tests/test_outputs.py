@@ -1,0 +1,126 @@
+"""Outputs that cannot be written, and commands that are killed: nothing half written is seen, and the same command can be given again"""
+import multiprocessing, os, resource, shutil, signal, sys, time
+from contextlib import contextmanager
+import pytest
+from models import error
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+from lorasuite.adapter import discard, hold, new_directory, temporary
+from lorasuite.cli import app
+from lorasuite.model import data_dir
+from lorasuite.transfer import align, transfer
+
+@pytest.fixture(scope='module')
+def commands(tmp_path_factory):
+    "Every command that writes, but for its output"
+    work = tmp_path_factory.mktemp('made')
+    maps = align('zoo/old', 'zoo/new')
+    maps.save(work/'alignment')
+    transfer('zoo/adapter', maps).save(work/'carried')
+    (work/'data.jsonl').write_text(''.join((data_dir()/'zoo'/'train.jsonl').read_text().splitlines(keepends=True)[:20]))
+    (work/'texts').write_text(''.join((data_dir()/'zoo'/'held_out.txt').read_text().splitlines(keepends=True)[:30]))
+    return dict(align=['align', 'zoo/old', 'zoo/new', '--texts', str(work/'texts')], transfer=['transfer', 'zoo/adapter', str(work/'alignment')], upgrade=['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter'],
+                finetune=['finetune', 'zoo/new', str(work/'carried'), '--data', str(work/'data.jsonl'), '--steps', '5'])
+
+COMMANDS = ('align', 'transfer', 'finetune', 'upgrade')
+
+def run(command, out): return CliRunner().invoke(app, [*command, '-o', str(out)])
+
+@contextmanager
+def disk_full(beyond):
+    "No file may grow beyond so many bytes"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (beyond, limits[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+# ---- outputs that cannot be written
+
+def directory(work): (work/'here').mkdir(); return work/'here'
+def file(work): (work/'here').write_text('mine'); return work/'here'
+def dangling(work): (work/'here').symlink_to(work/'nowhere'); return work/'here'
+def below_a_file(work): return file(work)/'deep'/'out'
+def read_only(work): return '/proc/lorasuite/out'
+
+@pytest.mark.parametrize('command', COMMANDS)
+@pytest.mark.parametrize('make, beyond, message', [
+    (directory, -1, 'exists already: name another output'), (file, -1, 'exists already'), (dangling, -1, 'exists already'),
+    (below_a_file, -1, 'Not a directory): make room or get permission there'), (read_only, -1, '): make room or get permission there'), (lambda work: work/'out', 0, 'File too large')])
+def test_refused_before_any_work(commands, tmp_path, monkeypatch, command, make, beyond, message):
+    for work in ('make_alignment', 'Adapter', 'load_data', 'carry'): monkeypatch.setattr(f'lorasuite.cli.{work}', None)
+    out = make(tmp_path)
+    before = sorted(tmp_path.rglob('*'))
+    with disk_full(beyond): result = run(commands[command], out)
+    assert result.exit_code == 2 and sorted(tmp_path.rglob('*')) == before
+    assert len(result.stderr.splitlines()) == 1 and f'{out} ' in result.stderr and message in result.stderr
+
+@pytest.mark.parametrize('command, beyond', [('align', 100_000), ('transfer', 100_000), ('upgrade', 100_000), ('finetune', 1_000_000)])
+def test_the_disk_fills_up(commands, tmp_path, command, beyond):
+    with disk_full(beyond): result = run(commands[command], tmp_path/'out')
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert f'cannot write {tmp_path}/' in result.stderr and 'make room' in result.stderr
+    assert {p.name for p in tmp_path.iterdir()} <= {'.out-checkpoints'}
+    assert run(commands[command], tmp_path/'out').exit_code == 0 and [p.name for p in tmp_path.iterdir()] == ['out']
+
+def test_only_what_a_killed_run_left_is_removed(tmp_path):
+    (tmp_path/'.out-mine').mkdir()
+    live = temporary(tmp_path/'out')
+    handle = hold(live)
+    left = temporary(tmp_path/'out')
+    (left/'half').write_text('')
+    with new_directory(tmp_path/'out') as tmp: assert {*tmp_path.iterdir()} == {tmp, live, tmp_path/'.out-mine'}
+    os.close(handle)
+    discard(tmp_path/'out')
+    assert [p.name for p in tmp_path.iterdir()] == ['.out-mine']
+
+# ---- killed at any moment
+
+WRITES = ('open', 'os.mkdir', 'os.chmod', 'os.rename', 'os.rmdir', 'shutil.rmtree')
+
+def attempt(command, work, writes, last):
+    "Run a command in a process that kills itself when it is about to write in `work` for the last time that it may"
+    def count(event, values):
+        if event not in WRITES or not str(values[0]).startswith(work): return
+        writes.value += 1
+        if writes.value == last: os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdout = open(os.devnull, 'w')
+    sys.addaudithook(count)
+    app([*command, '-o', f'{work}/out'])
+
+@pytest.fixture(scope='module')
+def processes():
+    "Processes that need not import everything again, and that share nothing with this one"
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['lorasuite.cli'])
+    def start(command, work, last=0, seconds=None):
+        writes, begin = context.RawValue('i', 0), time.perf_counter()
+        process = context.Process(target=attempt, args=(command, str(work), writes, last))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode, writes.value, time.perf_counter() - begin
+    start(['--help'], '/nowhere') # which imports everything
+    return start
+
+def same(a, b):
+    "Do two outputs hold the same files and, up to rounding, the same tensors?"
+    assert {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()}
+    for file in a.glob('*.safetensors'):
+        x, y = load_file(file), load_file(b/file.name)
+        assert x.keys() == y.keys() and all(error(x[k].double(), y[k].double()) < 1e-5 or x[k].equal(y[k]) for k in x)
+    return True
+
+@pytest.mark.parametrize('name, moments', [('align', (.6, -4, -2, -1)), ('transfer', (.6, *range(-10, 0))), ('finetune', (.6, 13, 45, -8, -3, -1))])
+def test_killed_and_started_again(commands, processes, tmp_path, name, moments):
+    (tmp_path/'whole').mkdir(); (tmp_path/'killed').mkdir()
+    complete, out = tmp_path/'whole'/'out', tmp_path/'killed'/'out'
+    code, writes, seconds = processes(commands[name], complete.parent)
+    assert code == 0 and [p.name for p in complete.parent.iterdir()] == ['out']
+    for moment in moments:
+        stop = dict(seconds=moment*seconds) if isinstance(moment, float) else dict(last=moment % (writes + 1))
+        code, *_ = processes(commands[name], out.parent, **stop)
+        assert code == -signal.SIGKILL or same(out, complete)
+        if out.exists(): assert same(out, complete) and not shutil.rmtree(out)
+    assert processes(commands[name], out.parent)[0] == 0 and same(out, complete)
+    assert [p.name for p in out.parent.iterdir()] == ['out']
