@@ -7,7 +7,7 @@ __all__ = ['app', 'Old', 'New', 'Source', 'Out', 'Data', 'Texts', 'Method', 'Ste
            'bar', 'checkpoints', 'finish', 'lines_of', 'demo', 'inspect', 'align', 'transfer', 'finetune', 'evaluate',
            'upgrade']
 
-# %% ../nbs/14_cli.ipynb #a822780b
+# %% ../nbs/14_cli.ipynb #276c45b9
 import functools, json, sys, traceback, warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Annotated, Optional
 import transformers, typer
 from .model import load_decoder
 from .adapter import Adapter, check_output, discard
-from .transfer import METHODS, Alignment, align as make_alignment, transfer as carry
+from .transfer import METHODS, Alignment, align as make_alignment, reasons, transfer as carry
 from .finetune import finetune as tune, load_data, read_utf8
 from .evaluate import evaluate as measure
 from .demo import demo as run_demo
 from .inspection import inspect as look, text_report
 
-# %% ../nbs/14_cli.ipynb #96f78059
+# %% ../nbs/14_cli.ipynb #2ae13338
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='Carry a LoRA adapter from an old language model to its successor.')
 
 Old = Annotated[str, typer.Argument(help='model that the adapter was trained on: a directory, a Hub id, or zoo/old')]
@@ -56,7 +56,7 @@ def command(f):
         except Exception as e:
             traceback.print_exc()
             fail(f'a fault of lorasuite, please report it: {type(e).__name__}: {e}', 1)
-        print(json.dumps(result) if as_json else '\n'.join(f'{k}: {v}' for k, v in result.items()))
+        print(json.dumps(result) if as_json else '\n'.join(f'{k}: {v}' for k, v in result.items() if v != {}))
     return app.command()(run)
 
 def bar() -> bool:
@@ -76,7 +76,7 @@ def lines_of(path:Path|None) -> list[str]|None:
     "Lines of a text file"
     return path and [l for l in read_utf8(path).splitlines() if l.strip()]
 
-# %% ../nbs/14_cli.ipynb #88272893
+# %% ../nbs/14_cli.ipynb #2218785d
 @command
 def demo(
     out:Out=Path('lorasuite-demo'),
@@ -109,7 +109,7 @@ def transfer(adapter:Source, alignment:Annotated[Path, typer.Argument(help='dire
     check_output(out)
     carried = carry(adapter, Alignment.load(alignment))
     carried.save(out)
-    return dict(out=str(out), adapter=str(carried))
+    return dict(out=str(out), adapter=str(carried), skipped=reasons(carried))
 
 @command
 def finetune(
@@ -136,8 +136,9 @@ def upgrade(old:Old, new:New, adapter:Source, out:Out, data:Annotated[Optional[s
     check_output(out)
     source, rows = Adapter.load(adapter), data and load_data(data)
     carried, losses = carry(source, make_alignment(old, new, lines_of(texts), method, progress=bar())), []
+    skipped = reasons(carried)
     if rows: carried, losses = tune(load_decoder(new), rows, carried, steps, lr, seed=seed, checkpoints=checkpoints(out), progress=bar())
     finish(carried, out)
-    return dict(out=str(out), adapter=str(carried), steps=len(losses))
+    return dict(out=str(out), adapter=str(carried), steps=len(losses), skipped=skipped)
 
 if __name__ == '__main__' and '__file__' in globals(): app()

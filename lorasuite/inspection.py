@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sketch', 'stored', 'inspect', 'limits', 'outlook', 'depths', 'forecast', 'text_report']
 
-# %% ../nbs/13_inspection.ipynb #380df898
+# %% ../nbs/13_inspection.ipynb #1c3f0a21
 import os, warnings
 import torch
 from accelerate import init_empty_weights
@@ -16,7 +16,7 @@ from .wiring import ROLES
 from .model import Decoder, reading, resolve
 from .adapter import Adapter
 from .transfer_matrix import shared_tokens
-from .transfer import align, sort_updates, structure, warn_of_limits
+from .transfer import align, reasons, sort_updates, structure, warn_of_limits
 
 # %% ../nbs/13_inspection.ipynb #33d218bf
 def sketch(
@@ -38,7 +38,7 @@ def stored(
     with reading(name): found = get_local_safetensors_metadata(source) if Path(source).is_dir() else get_safetensors_metadata(source)
     return found.parameter_count
 
-# %% ../nbs/13_inspection.ipynb #f46fec03
+# %% ../nbs/13_inspection.ipynb #e83beaed
 def inspect(
     old:str|os.PathLike,                # the model that adapters were trained on
     new:str|os.PathLike,                # the model that they shall be carried to
@@ -76,8 +76,8 @@ def outlook(
 ) -> dict: # number of updates, their ranks, how many of each role, how many layers lose theirs
     "What of an adapter will be carried; raises `ValueError` if it belongs to another model"
     updates = sort_updates(adapter, structure(old))
-    return dict(updates=len(updates), ranks=sorted({len(A) for A, _ in updates.values()}), roles={role: n for role in ROLES if (n := sum(r == role for _, r in updates))},
-                layers_without_partner=max(0, old.layers - new.layers))
+    return dict(updates=len(adapter.updates) + len(adapter.embeddings), ranks=sorted({len(A) for A, _ in updates.values()}), roles={role: n for role in ROLES if (n := sum(r == role for _, r in updates))},
+                layers_without_partner=max(0, old.layers - new.layers), skipped=reasons(adapter))
 
 def depths(
     old:str|os.PathLike, # the old model
@@ -99,7 +99,7 @@ def forecast(
     if r2 < .5 or margin < .2: return 'no relative: expect nothing from carrying; train a new adapter, with the old specialist as teacher where labels are few'
     return 'distant: nothing like it has been measured; carry, and compare with the base before you trust it'
 
-# %% ../nbs/13_inspection.ipynb #d4a9b742
+# %% ../nbs/13_inspection.ipynb #45dd1a39
 def text_report(
     report:dict, # as `inspect` makes it
 ) -> str:
@@ -111,6 +111,7 @@ def text_report(
     if a := r.get('adapter'):
         lines += [f"adapter: {a['updates']} updates of rank {', '.join(map(str, a['ranks']))} ({', '.join(f'{k} {n}' for k, n in a['roles'].items())}), "
                   + (f"{a['layers_without_partner']} layers' updates will be left out" if a['layers_without_partner'] else 'all will be carried')]
+        lines += [f"skipped, {why}: {', '.join(what)}" for why, what in a['skipped'].items()]
     lines += [f'note: {n}' for n in r['notes']]
     if d := r.get('deep'):
         lines += [f"transfer matrix: R² {d['fit']['r2']:.3f}", f"layers: {', '.join(f'{i}→{j}' for i, j in d['layers'])}; CKA {d['cka_chosen']:.2f}, of all other pairs {d['cka_others']:.2f}", f"forecast: {d['forecast']}"]

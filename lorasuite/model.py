@@ -6,7 +6,7 @@
 __all__ = ['read_norm', 'Decoder', 'data_dir', 'resolve', 'pick_device', 'pick_dtype', 'check_files', 'check_loaded',
            'check_tokenizer', 'reading', 'load_decoder', 'weight_hashes', 'differences']
 
-# %% ../nbs/01_model.ipynb #c575a85e
+# %% ../nbs/01_model.ipynb #aa7c7f1b
 import importlib.resources, json, os
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
 from torch import nn, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from .wiring import ROLES, find_blocks, find_wiring, outputs_of, parts_of
+from .wiring import ROLES, find_blocks, find_wiring, is_norm, outputs_of, parts_of
 
 # %% ../nbs/01_model.ipynb #237220ab
 def read_norm(
@@ -37,7 +37,7 @@ def read_norm(
     if torch.allclose(turning, signs*flat): return 'rms', flat, torch.zeros_like(flat)
     return 'layer', signs*(turning - flat), flat
 
-# %% ../nbs/01_model.ipynb #ef6dd25b
+# %% ../nbs/01_model.ipynb #3f659353
 class Decoder:
     "A decoder-only language model as a stack of blocks: its sizes, and its weights by layer and role"
     def __init__(self,
@@ -66,6 +66,12 @@ class Decoder:
     def adds(self, layer:int) -> list[nn.Module]:
         "The two modules whose outputs block `layer` adds to the stream: attention's and the MLP's"
         return [self.blocks[layer].get_submodule(self.wiring.after.get(r, self.wiring.modules[r])) for r in ('o', 'down')]
+    def ends(self) -> dict[str, str]:
+        "Paths of the input embedding, the output embedding, and the norm before that; the embeddings are '' where more than a scale or that norm lies between them and the stream"
+        outside = {n: m for n, m in parts_of(self.model).items() if not n.startswith(f'{self.stack}.')}
+        first, last = ([n for n, m in outside.items() if m is end] for end in (self.model.get_input_embeddings(), self.model.get_output_embeddings()))
+        norms, others = [n for n, m in outside.items() if is_norm(m)], [n for n, m in outside.items() if outputs_of(m) and n not in last]
+        return dict(embedding=first[0] if len(norms) == 1 and not others else '', head=last[0] if last and norms and not others else '', norm=norms[-1] if norms else '')
     def norm(self, layer:int, role:str, where:str='before') -> tuple[str, Tensor, Tensor]:
         "What `read_norm` says of the norm in front of `role` or, with `where='after'`, behind it; gain 1 and kind `none` where there is none"
         name = getattr(self.wiring, where).get(role)

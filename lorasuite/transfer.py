@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'left_maps', 'scales', 'take', 'exact_block', 'inverse', 'gains', 'pseudo_inverse', 'paper_block',
-           'Alignment', 'structure', 'describe', 'warn_of_limits', 'align', 'read_through', 'write_through',
-           'carry_heads', 'carry_update', 'shape_of', 'sharing', 'sort_updates', 'join', 'untrained', 'new_layers',
-           'transfer', 'try_out', 'left_out', 'model_card']
+           'Alignment', 'structure', 'describe', 'embedding_scale', 'ends_between', 'warn_of_limits', 'align',
+           'read_through', 'write_through', 'carry_heads', 'carry_update', 'shape_of', 'sharing', 'sort_updates',
+           'join', 'untrained', 'homeless', 'carry_ends', 'new_layers', 'transfer', 'try_out', 'left_out', 'reasons',
+           'model_card']
 
-# %% ../nbs/08_transfer.ipynb #e7bdcb8b
+# %% ../nbs/08_transfer.ipynb #ccb6e061
 import json, math, os, warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 import torch
+from accelerate.utils import align_module_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from .wiring import ROLES
-from .model import Decoder, load_decoder, weight_hashes
+from .model import Decoder, load_decoder, read_norm, weight_hashes
 from .adapter import Adapter, balance, new_directory, writing
 from .transfer_matrix import fit_quality, shared_tokens, stream_maps, transfer_matrix
 from .cka import cka_table
@@ -111,7 +113,7 @@ def paper_block(
     maps['down_out'], maps['down_in'] = pseudo_inverse(down), H@down2
     return maps | {k: torch.full_like(g, 'gain' in k) for k, g in gains(old, l, new, l2).items()}
 
-# %% ../nbs/08_transfer.ipynb #fb62d567
+# %% ../nbs/08_transfer.ipynb #cad71c11
 @dataclass
 class Alignment:
     "All that is needed to carry any adapter of one model to another"
@@ -122,6 +124,7 @@ class Alignment:
     write:Tensor                            # (hidden', hidden) write map
     layers:list[tuple[int, int]]            # pairs of old and new layer
     blocks:list[dict[str, Tensor]]          # for every pair: `heads`, `neurons` and the small maps of each role
+    ends:dict[str, Tensor]                  # outside the blocks: ids of shared tokens, norms before the output embeddings, scales of the input embeddings
     cka:Tensor                              # (layers, layers') similarity that the layers were chosen by
     fit:dict = field(default_factory=dict)  # shared tokens, R² and condition of the transfer matrix
 
@@ -129,7 +132,7 @@ class Alignment:
         path:str|os.PathLike, # directory to make
     ):
         "Write alignment.json and alignment.safetensors, all or nothing; raises `FileExistsError`"
-        tensors = {f'{i}.{k}': t for i, b in enumerate(self.blocks) for k, t in b.items()} | dict(read=self.read, write=self.write, cka=self.cka)
+        tensors = {f'{i}.{k}': t for i, b in [*enumerate(self.blocks), ('ends', self.ends)] for k, t in b.items()} | dict(read=self.read, write=self.write, cka=self.cka)
         with new_directory(path) as tmp, writing(path):
             (tmp/'alignment.json').write_text(json.dumps(dict(method=self.method, old=self.old, new=self.new, layers=self.layers, fit=self.fit), indent=1))
             save_file({k: (t.float() if t.is_floating_point() else t).contiguous().clone() for k, t in tensors.items()}, tmp/'alignment.safetensors')
@@ -142,12 +145,12 @@ class Alignment:
         path = Path(path)
         try:
             head, tensors = json.loads((path/'alignment.json').read_text()), load_file(path/'alignment.safetensors')
-            blocks = [{} for _ in head['layers']]
+            blocks, ends = [{} for _ in head['layers']], {}
             for k, t in tensors.items():
                 i, dot, name = k.partition('.')
-                if dot: blocks[int(i)][name] = t.double() if t.is_floating_point() else t
+                if dot: (ends if i == 'ends' else blocks[int(i)])[name] = t.double() if t.is_floating_point() else t
             layers = [tuple(map(int, p)) for p in head.pop('layers')]
-            alignment = cls(**head, layers=layers, blocks=blocks, **{k: tensors[k].double() for k in ('read', 'write', 'cka')})
+            alignment = cls(**head, layers=layers, blocks=blocks, ends=ends, **{k: tensors[k].double() for k in ('read', 'write', 'cka')})
             try_out(alignment)
         except Exception as e: # damaged files end in errors of all kinds
             raise ValueError(f'{path} is not a readable alignment ({type(e).__name__}: {e}): make it with `lorasuite align`') from None
@@ -160,12 +163,12 @@ class Alignment:
 
     def __repr__(self): return f"Alignment({self.method}: {self.old['name']} → {self.new['name']}, {len(self.layers)} layers matched, {', '.join(f'{k} {v:.4g}' for k, v in self.fit.items())})"
 
-# %% ../nbs/08_transfer.ipynb #8dfede29
+# %% ../nbs/08_transfer.ipynb #a23c69c4
 def structure(
     decoder:Decoder, # a model
-) -> dict: # name, path of the blocks, the module of each role and the outputs that are its own, sizes
+) -> dict: # name, path of the blocks, the module of each role and the outputs that are its own, the embeddings, sizes
     "What one must know of a model to name its updates"
-    return dict(name=decoder.name, stack=decoder.stack, modules=decoder.wiring.modules, rows=decoder.wiring.runs(), **decoder.sizes())
+    return dict(name=decoder.name, stack=decoder.stack, modules=decoder.wiring.modules, rows=decoder.wiring.runs(), ends=decoder.ends(), **decoder.sizes())
 
 def describe(
     decoder:Decoder, # a model
@@ -173,8 +176,32 @@ def describe(
     "What an alignment keeps of a model besides tensors"
     return structure(decoder) | dict(revision=getattr(decoder.model.config, '_commit_hash', None), sha256=weight_hashes(decoder.name))
 
-# %% ../nbs/08_transfer.ipynb #63193cad
+# %% ../nbs/08_transfer.ipynb #dda1572c
 METHODS = ('exact', 'paper')
+
+def embedding_scale(
+    decoder:Decoder,    # a model
+    ids:Tensor,         # (n,) some tokens
+) -> float: # Gemma: the root of the hidden size; 1 for most
+    "By what a model multiplies its embeddings before they enter the stream, whatever it adds to them"
+    centred = lambda X: (X - X.mean(0)).norm().item()
+    table = decoder.model.get_input_embeddings()
+    with align_module_device(table): rows = table.weight[ids.to(table.weight.device)].detach().cpu().double()
+    return centred(decoder.stream(ids))/max(centred(rows), 1e-30)
+
+def ends_between(
+    old:Decoder, ids:Tensor,    # a model and the shared tokens in it
+    new:Decoder, ids2:Tensor,   # the other model and the same tokens in it
+) -> dict[str, Tensor]: # as `Alignment.ends` holds them
+    "What the updates of input and output embeddings need"
+    maps, kinds = dict(ids=ids, ids2=ids2), {}
+    for n, d, some in (('', old, ids[:256]), ('2', new, ids2[:256])):
+        ends = d.ends()
+        if ends['head']: kinds[n], maps[f'head_gain{n}'], maps[f'head_offset{n}'] = read_norm(d.model.get_submodule(ends['norm']))
+        if ends['embedding']: maps[f'scale{n}'] = torch.tensor(embedding_scale(d, some), dtype=torch.float64)
+    if len(kinds) == 2 and (*kinds.values(),) != (old.norm_kind, new.norm_kind): # OLMo 2 has a norm here and none in its blocks
+        maps['head_read'] = stream_maps(old.stream(ids), new.stream(ids2), (*kinds.values(),))[0]
+    return maps
 
 def warn_of_limits(
     old:Decoder,    # the model that adapters were trained on
@@ -208,7 +235,7 @@ def align(
     for i, (l, l2) in enumerate(tqdm(pairs, 'layers', disable=not progress)):
         if method == 'paper': blocks.append(paper_block(old, l, new, l2, H, maps.blocks[i]['heads'] if maps else None))
         else: blocks.append(exact_block(old, l, new, l2, read, write))
-    return Alignment(method, describe(old), describe(new), read, write, pairs, blocks, table, fit_quality(E, E2, write.T))
+    return Alignment(method, describe(old), describe(new), read, write, pairs, blocks, ends_between(old, ids, new, ids2), table, fit_quality(E, E2, write.T))
 
 # %% ../nbs/08_transfer.ipynb #eed5542f
 def read_through(
@@ -272,7 +299,7 @@ def carry_update(
     if role == 'down': return (take(A.T, maps['neurons'])*scale[:, None]).T, write_through(B, maps, 'down', a.write)
     return read_through(A, maps, 'mlp', a.read), take(B, maps['neurons'])*scale[:, None]
 
-# %% ../nbs/08_transfer.ipynb #2cba08a0
+# %% ../nbs/08_transfer.ipynb #3c9bcf43
 def shape_of(
     role:str,   # which projection
     sizes:dict, # of a model, as `structure` gives them
@@ -297,7 +324,8 @@ def sort_updates(
     spots = {f"{old['stack']}.{l}.{m}": (l, m) for l in range(old['layers']) for m in rows}
     out = {}
     for path, (A, B) in adapter.updates.items():
-        if path not in spots: raise ValueError(f"the adapter updates {path}, which is no projection of a block of {old['name']}: was it trained on another model?")
+        if path and path == old['ends']['head']: continue
+        if path not in spots: raise ValueError(f"the adapter updates {path}, which {old['name']} does not have, or not as a linear map of a block: was it trained on another model?")
         l, module = spots[path]
         shape = sum(map(len, rows[module].values())), shape_of([*rows[module]][0], old)[1]
         if (B.shape[0], A.shape[1]) != shape:
@@ -329,7 +357,37 @@ def untrained(
     "An update that changes nothing yet and can be trained"
     return torch.nn.init.kaiming_uniform_(torch.empty(rank, out_in[1]), a=math.sqrt(5), generator=generator), torch.zeros(out_in[0], rank)
 
-# %% ../nbs/08_transfer.ipynb #829a4c84
+# %% ../nbs/08_transfer.ipynb #d92aa5e6
+def homeless(
+    updates:dict,           # (layer, role): A, B of the old model
+    alignment:Alignment,    # of the old model with the new
+) -> dict[str, str]: # update: why it cannot be carried
+    "The updates that have no place in the new model"
+    old, kept = alignment.old, {l for l, _ in alignment.layers}
+    name = lambda l, role: f"{old['stack']}.{l}.{old['modules'][role]} ({role})"
+    alone = {name(l, role): 'its layer has no partner: the new model is shallower' for l, role in updates if l not in kept}
+    return alone | {name(l, role): f"the new model has no {role}" for l, role in updates if l in kept and role not in alignment.both}
+
+def carry_ends(
+    adapter:Adapter,        # of the old model
+    alignment:Alignment,    # of the old model with the new
+) -> tuple[dict, dict, dict]: # updates of the output embeddings, of the input embeddings, what was skipped and why
+    "Carry the updates of the embeddings: tokens that both models know take theirs along"
+    a, b, maps = alignment.old['ends'], alignment.new['ends'], alignment.ends
+    head, table, skipped = {}, {}, {}
+    spread = lambda X, vocab: torch.zeros(vocab, X.shape[1], dtype=X.dtype).index_copy(0, maps['ids2'], X[maps['ids']])
+    lost = {n: f'the {side} model does more to its embeddings than a linear map' for n in ('embedding', 'head') for side, model in (('new', b), ('old', a)) if not model[n]}
+    for path, (A, B) in adapter.updates.items():
+        if not path or path != a['head']: continue
+        if (B.shape[0], A.shape[1]) != (alignment.old['vocab'], alignment.old['hidden']): raise ValueError(f"the update of {path} is {B.shape[0]}×{A.shape[1]}, not of {alignment.old['name']}: was it trained on another model?")
+        if 'head' in lost: skipped[path] = lost['head']
+        else: head[b['head']] = read_through(A.double(), maps, 'head', maps.get('head_read', alignment.read)), spread(B.double(), alignment.new['vocab'])
+    for path, (A, B) in adapter.embeddings.items():
+        if (B.shape[0], A.shape[1]) != (alignment.old['hidden'], alignment.old['vocab']): raise ValueError(f"the update of {path} is {B.shape[0]}×{A.shape[1]}, not of {alignment.old['name']}: was it trained on another model?")
+        if path != a['embedding'] or 'embedding' in lost: skipped[path] = lost.get('embedding', 'it is not the embedding of tokens')
+        else: table[b['embedding']] = spread(A.T.double(), alignment.new['vocab']).T, alignment.write@B.double()*(maps['scale']/maps['scale2'])
+    return head, table, skipped
+
 def new_layers(
     updates:dict,           # (layer, role): A, B of the old model
     alignment:Alignment,    # of the old model with the new
@@ -344,7 +402,7 @@ def transfer(
     adapter:str|os.PathLike|Adapter,    # an adapter of the old model
     alignment:Alignment,                # of the old model with the new
 ) -> Adapter:
-    "Carry an adapter to the new model; layers that are new get an untrained update of the same rank"
+    "Carry an adapter to the new model; layers that are new get an untrained update of the same rank, and what has no place is named in `skipped`"
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     new, updates, out = alignment.new, sort_updates(adapter, alignment.old), {}
     for (l, l2), maps in zip(alignment.layers, alignment.blocks):
@@ -354,9 +412,14 @@ def transfer(
     named = {}
     for l2, module in sorted({(l2, new['modules'][role]) for l2, role in out}):
         rows = sharing(module, new)
-        ab = join({role: out[l2, role] for role in rows if (l2, role) in out}, rows)
-        named[f"{new['stack']}.{l2}.{module}"] = tuple(t.float().contiguous() for t in ab)
-    return Adapter(named, new['name'], new['layers'], model_card(adapter, alignment))
+        named[f"{new['stack']}.{l2}.{module}"] = join({role: out[l2, role] for role in rows if (l2, role) in out}, rows)
+    head, table, lost = carry_ends(adapter, alignment)
+    lost |= homeless(updates, alignment)
+    if not named | head | table: raise ValueError(f"nothing of the adapter has a place in the new model: {'; '.join(sorted({*lost.values()}))}")
+    single = lambda d: {path: tuple(t.float().contiguous() for t in ab) for path, ab in d.items()}
+    carried = Adapter(single(named | head), new['name'], new['layers'], embeddings=single(table), skipped=adapter.skipped | lost)
+    carried.card = model_card(adapter, carried, alignment)
+    return carried
 
 def try_out(
     alignment:Alignment, # as read from files
@@ -372,7 +435,9 @@ def try_out(
         rows = sharing(module, a.old)
         A, B = torch.ones(1, shape_of([*rows][0], a.old)[1]), torch.ones(sum(map(len, rows.values())), 1)
         trial |= {f"{a.old['stack']}.{l}.{module}": (A, B) for l in range(a.old['layers'])}
-    carried = transfer(Adapter(trial), a)
+    if head := a.old['ends']['head']: trial[head] = torch.ones(1, a.old['hidden']), torch.ones(a.old['vocab'], 1)
+    tables = {p: (torch.ones(1, a.old['vocab']), torch.ones(a.old['hidden'], 1)) for p in [a.old['ends']['embedding']] if p}
+    carried = transfer(Adapter(trial, embeddings=tables), a)
     if not {(l, role) for l in range(a.new['layers']) for role in a.both} <= sort_updates(carried, a.new).keys(): raise ValueError('its layers do not match')
     if not all(t.isfinite().all() for ab in carried.updates.values() for t in ab): raise ValueError('its maps are not finite')
 
@@ -391,8 +456,17 @@ def left_out(
         yield f'old {part} of these layers without a partner (updates left out)', f'{len(taken)*a.old[kind] - sum(partners):,} of {len(taken)*a.old[kind]:,}'
         yield f'new {part} of these layers without a partner (no update)', f'{sum((t < 0).sum().item() for t in taken):,} of {len(taken)*a.new[kind]:,}'
 
+def reasons(
+    adapter:Adapter, # with `skipped`
+) -> dict[str, list[str]]: # reason: what was skipped for it
+    "What was left out, by reason"
+    found = {}
+    for what, why in adapter.skipped.items(): found.setdefault(why, []).append(what)
+    return found
+
 def model_card(
     adapter:Adapter,        # that was carried
+    carried:Adapter,        # what came of it
     alignment:Alignment,    # by these maps
 ) -> str: # Markdown
     "The README of a carried adapter: from what, to what, how, and what was left out"
@@ -407,10 +481,10 @@ tags: [lora, lorasuite]
 ---
 # A LoRA adapter carried from {a.old['name']} to {a.new['name']}
 
-Carried by lorasuite, method `{a.method}`, from {len(adapter.updates)} updates, without any label.
+Carried by lorasuite, method `{a.method}`, from {len(adapter.updates) + len(adapter.embeddings)} updates, without any label.
 
 - old base: {files(a.old)}
 - new base: {files(a.new)}
 - fit of the transfer matrix: {a.fit['shared']:,} shared tokens, R² {a.fit['r2']:.3f}, condition {a.fit['condition']:.3g}
 - old layer → new layer: {', '.join(f'{i}→{j}' for i, j in a.layers)}
-""" + ''.join(f'- {what}: {which}\n' for what, which in left_out(a)) + f"- versions: {', '.join(f'{p} {version(p)}' for p in ('lorasuite', 'torch', 'transformers', 'peft'))}\n"
+""" + ''.join(f'- {what}: {which}\n' for what, which in left_out(a)) + ''.join(f"- skipped, {why}: {', '.join(f'`{x}`' for x in what)}\n" for why, what in reasons(carried).items()) + f"- versions: {', '.join(f'{p} {version(p)}' for p in ('lorasuite', 'torch', 'transformers', 'peft'))}\n"

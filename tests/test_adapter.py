@@ -19,7 +19,7 @@ def by_peft(decoder, path, config=None, **kwargs):
     config = config or LoraConfig(**dict(r=4, target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM') | kwargs)
     model = get_peft_model(copy.deepcopy(decoder.model), config)
     for name, p in model.named_parameters():
-        if 'lora_B' in name: p.data.normal_(std=.05)
+        if 'lora_B' in name or 'lora_embedding_A' in name: p.data.normal_(std=.05)
     model.save_pretrained(path)
     return path
 
@@ -33,7 +33,9 @@ def edit(path, change):
 # ---- reading and writing
 
 @pytest.mark.parametrize('settings', [dict(), dict(use_rslora=True, lora_alpha=32), dict(target_modules=SEVEN), dict(layers_to_transform=[1, 3]), dict(target_modules=r'.*\.[13]\.mlp\.(up|down)_proj'),
-                                      dict(rank_pattern={'q_proj': 2}), dict(alpha_pattern={r'layers\.1\.self_attn\.q_proj': 2}, rank_pattern={'v_proj': 6}), dict(init_lora_weights='gaussian')])
+                                      dict(rank_pattern={'q_proj': 2}), dict(alpha_pattern={r'layers\.1\.self_attn\.q_proj': 2}, rank_pattern={'v_proj': 6}), dict(init_lora_weights='gaussian'),
+                                      dict(target_modules='all-linear'), dict(target_modules=['embed_tokens', 'lm_head', 'k_proj']), dict(target_modules=['embed_tokens'], use_rslora=True)])
+@pytest.mark.filterwarnings('ignore')
 def test_reads_what_peft_computes(decoder, tmp_path, settings):
     path, ids = by_peft(decoder, tmp_path/'a', **settings), tokens()
     model = PeftModel.from_pretrained(decoder.model, str(path))
@@ -129,11 +131,8 @@ def test_carried_adapters_of_some_modules_load(decoder, tokenizer, tmp_path, set
 
 REFUSED = dict(
     dora=(dict(use_dora=True), 'lora_magnitude_vector.*DoRA'),
-    embeddings=(dict(target_modules=['q_proj', 'embed_tokens']), 'lora_embedding_.*embeddings are not carried'),
-    head=(dict(target_modules=['q_proj', 'lm_head']), 'lm_head'),
-    full_weights=(dict(modules_to_save=['lm_head']), 'modules_to_save is not carried'),
-    token_indices=(dict(trainable_token_indices=[1, 2]), 'trainable_token_indices is not carried'),
-    biases=(dict(bias='all'), r'bias is not a LoRA update|layernorm.*is not a LoRA update'),
+    tied=(dict(target_modules=['embed_tokens'], ensure_weight_tying=True), 'ensure_weight_tying is not carried'),
+    replicated=(dict(layer_replication=[(0, 2), (1, 3)]), 'layer_replication is not carried'),
     lora_bias=(dict(lora_bias=True), r'lora_B\.bias.*lora_bias'),
     pissa=(dict(init_lora_weights='pissa'), "init_lora_weights='pissa'.*path_initial_model_for_weight_conversion"),
     pissa_fast=(dict(init_lora_weights='pissa_niter_4'), "init_lora_weights='pissa_niter_4'.*path_initial_model_for_weight_conversion"),
@@ -149,8 +148,36 @@ def to_itself(decoder): return align(decoder, decoder)
 @pytest.mark.parametrize('name', REFUSED)
 def test_refuses(decoder, to_itself, tmp_path, name):
     settings, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message): transfer(by_peft(decoder, tmp_path/'a', **settings), to_itself)
+
+SKIPPED = dict(
+    full_weights=(dict(modules_to_save=['lm_head']), ['lm_head.weight']),
+    token_rows=(dict(trainable_token_indices=[1, 2]), ['model.embed_tokens.token_adapter.trainable_tokens_delta']),
+    biases=(dict(bias='all'), ['model.layers.0.self_attn.k_proj.bias', 'model.layers.0.self_attn.q_proj.base_layer.bias']),
+)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', SKIPPED)
+def test_skips_by_name(decoder, tmp_path, name):
+    settings, keys = SKIPPED[name]
     model = random_decoder(decoder.tokenizer, attention_bias=True) if name == 'biases' else decoder
-    with pytest.raises(ValueError, match=message): transfer(by_peft(model, tmp_path/'a', **settings), to_itself)
+    source = Adapter.load(by_peft(model, tmp_path/'a', **settings))
+    carried = transfer(source, align(model, model, ['Who lives in the old mill by the river?']*8))
+    assert {*keys} <= carried.skipped.keys() and all('full weight' in why for why in carried.skipped.values())
+    in_file = {k.removeprefix('base_model.model.') for k in load_file(tmp_path/'a'/FILE)}
+    assert in_file == {*carried.skipped} | {f'{p}.lora_{s}.weight' for p in source.updates for s in 'AB'}      # every key is accounted for
+    assert all(f'`{key}`' in carried.card for key in carried.skipped)
+    carried.save(tmp_path/'carried')
+    check_loads(tmp_path/'carried', model)
+
+def test_layers_without_a_place_are_skipped_by_name(decoder, adapter, tokenizer):
+    shallow = random_decoder(tokenizer, layers=3, seed=1)
+    alignment = align(decoder, shallow, ['Who lives in the old mill by the river?']*8)
+    gone = ({*range(4)} - {l for l, _ in alignment.layers}).pop()
+    carried = transfer(adapter, alignment)
+    assert {*carried.skipped} == {f'{decoder.path(gone, r)} ({r})' for r in ROLES} and {*carried.skipped.values()} == {'its layer has no partner: the new model is shallower'}
+    only = Adapter({p: ab for p, ab in adapter.updates.items() if f'.{gone}.' in p})
+    with pytest.raises(ValueError, match='nothing of the adapter has a place in the new model: its layer has no partner'): transfer(only, alignment)
 
 @pytest.mark.filterwarnings('ignore')
 def test_olora_is_read_after_conversion(decoder, tmp_path):
@@ -195,7 +222,7 @@ def test_missing_or_unreadable_files(decoder, tmp_path):
 
 def test_wrong_model(decoder, adapter, tokenizer):
     shallow, narrow = random_decoder(tokenizer, layers=2), random_decoder(tokenizer, hidden=48, head_dim=16)
-    with pytest.raises(ValueError, match=r'layers\.2\..*no projection of a block.*another model'):
+    with pytest.raises(ValueError, match=r'layers\.2\..*does not have.*another model'):
         with adapter.on(shallow): pass
     with pytest.raises(ValueError, match=r'is \d+×\d+, the weight of .* is \d+×\d+: was the adapter trained on another'):
         with adapter.on(narrow): pass
