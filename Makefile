@@ -56,6 +56,7 @@ clean:
 
 .venv/dev: $(SETTINGS) | .venv/bin/pip
 	$(PIP) install -c constraints.txt -e ".[dev]"
+	@if [ "$$(uname)" = Linux ]; then $(PIP) install -q --no-deps -c constraints.txt --target .venv/bitsandbytes bitsandbytes; fi
 	@touch .venv/library $@
 
 .venv/real: $(SETTINGS) | .venv/bin/pip

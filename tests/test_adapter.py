@@ -4,10 +4,9 @@ import pytest, torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from models import effect, error, logits, random_adapter, random_decoder, tokens, whole
+from models import effect, error, logits, random_decoder, tokens
 from lorasuite.adapter import Adapter, balance, new_directory
-from lorasuite.finetune import finetune, fresh
+from lorasuite.finetune import finetune
 from lorasuite.wiring import ROLES
 from lorasuite.model import load_decoder, weight_hashes
 from lorasuite.transfer import align, transfer
@@ -253,19 +252,3 @@ def test_a_directory_made_meanwhile_is_not_overwritten(tmp_path):
             (tmp/'ours').write_text('')
             (tmp_path/'out').mkdir(); (tmp_path/'out'/'theirs').write_text('')
     assert [p.name for p in tmp_path.rglob('*')] == ['out', 'theirs']
-
-# ---- quantised bases
-
-@pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('bits, bound', [('load_in_8bit', .03), ('load_in_4bit', .3)])
-def test_quantised_bases(tokenizer, tmp_path, bits, bound):
-    pytest.importorskip('bitsandbytes')
-    plain = random_decoder(tokenizer, intermediate=128)
-    plain.model.save_pretrained(tmp_path/'plain'), tokenizer.save_pretrained(tmp_path/'plain'), tokenizer.save_pretrained(tmp_path/'small')
-    AutoModelForCausalLM.from_pretrained(tmp_path/'plain', quantization_config=BitsAndBytesConfig(**{bits: True}), device_map='cpu').save_pretrained(tmp_path/'small')
-    small = load_decoder(tmp_path/'small')
-    adapter = random_adapter(fresh(plain, 4))
-    alignment = align(plain, small)
-    for maps in alignment.blocks: assert maps['heads'].tolist() == list(range(4)) and maps['neurons'].tolist() == list(range(128))
-    assert error(whole(transfer(adapter, alignment)), whole(adapter)) <= bound
-    assert error(whole(transfer(transfer(adapter, alignment), align(small, plain))), whole(adapter)) <= bound

@@ -10,6 +10,7 @@ from lorasuite.finetune import fresh
 from lorasuite.model import Decoder
 from lorasuite.oracle import grow
 from lorasuite.transfer import align, transfer
+from lorasuite.zoo import new_tokenizer
 
 FAMILIES = dict(llama={}, mistral={}, qwen2={}, qwen3={}, gemma2={}, gemma3_text={}, phi3={}, olmo2={}, gpt_neox={}, sequential_neox=dict(family='gpt_neox', use_parallel_residual=False),
                 bloom={}, gpt2={}, opt={}, falcon=dict(multi_query=True), falcon_rw=dict(family='falcon', multi_query=False, parallel_attn=False, alibi=True, bias=True),
@@ -100,3 +101,17 @@ def test_shrinking_is_exact(name, model, trained, grown):
     back = align(big, d, FEW)
     assert back.layers == [(b, a) for a, b in enumerate(truth.layers)]
     assert effect_error(d, adapter, d, transfer(transfer(adapter, align(d, big, FEW)), back)) <= 1e-3
+
+def test_two_families_with_other_tokenizers_and_head_sizes(tokenizer, tmp_path):
+    "As from SmolLM2 to Gemma 3: other tokens, head sizes, norms of queries and keys, scaled and tied embeddings"
+    a = random_decoder(tokenizer, layers=3, tie_word_embeddings=True)
+    b = random_decoder(new_tokenizer(700, seed=5), 'gemma3_text', hidden=96, layers=5, heads=2, kv_heads=1, head_dim=40, intermediate=160, tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match='head sizes differ'): alignment = align(a, b, FEW)
+    adapter = random_adapter(fresh(a, 4))
+    adapter.updates[a.ends()['head']] = torch.randn(2, a.hidden), .1*torch.randn(a.vocab, 2)
+    carried = transfer(adapter, alignment)
+    assert carried.updates.keys() == {b.path(l, r) for l in range(5) for r in b.roles} | {'lm_head'} and not carried.skipped
+    assert 0 < effect(b, tokens(b.vocab), carried).norm() < torch.inf
+    carried.save(tmp_path/'carried')
+    again = Adapter.load(tmp_path/'carried')
+    assert error(effect(b, tokens(b.vocab), again), effect(b, tokens(b.vocab), carried)) <= 1e-5
