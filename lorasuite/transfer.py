@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'left_maps', 'scales', 'take', 'exact_block', 'inverse', 'gains', 'pseudo_inverse', 'paper_block',
-           'Alignment', 'structure', 'describe', 'embedding_scale', 'ends_between', 'warn_of_limits', 'align',
-           'read_through', 'write_through', 'carry_heads', 'carry_update', 'shape_of', 'sharing', 'sort_updates',
-           'join', 'untrained', 'homeless', 'carry_ends', 'new_layers', 'transfer', 'try_out', 'left_out', 'reasons',
-           'model_card']
+           'checksum', 'Alignment', 'structure', 'describe', 'embedding_scale', 'ends_between', 'warn_of_limits',
+           'align', 'read_through', 'write_through', 'carry_heads', 'carry_update', 'shape_of', 'sharing',
+           'sort_updates', 'join', 'untrained', 'homeless', 'carry_ends', 'carry_rows', 'new_layers', 'transfer',
+           'left_out', 'reasons', 'model_card']
 
-# %% ../nbs/09_transfer.ipynb #ccb6e061
-import json, math, os, warnings
+# %% ../nbs/09_transfer.ipynb #c89871c9
+import hashlib, json, math, os, warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -113,7 +113,14 @@ def paper_block(
     maps['down_out'], maps['down_in'] = pseudo_inverse(down), H@down2
     return maps | {k: torch.full_like(g, 'gain' in k) for k, g in gains(old, l, new, l2).items()}
 
-# %% ../nbs/09_transfer.ipynb #cad71c11
+# %% ../nbs/09_transfer.ipynb #35558685
+def checksum(
+    head:dict,  # what alignment.json holds besides the checksum
+    maps:Path,  # alignment.safetensors
+) -> str:
+    "SHA-256 of both files of an alignment: a map that was damaged would carry adapters to no good without any error"
+    return hashlib.sha256(json.dumps(head, sort_keys=True).encode() + maps.read_bytes()).hexdigest()
+
 @dataclass
 class Alignment:
     "All that is needed to carry any adapter of one model to another"
@@ -134,8 +141,9 @@ class Alignment:
         "Write alignment.json and alignment.safetensors, all or nothing; raises `FileExistsError`"
         tensors = {f'{i}.{k}': t for i, b in [*enumerate(self.blocks), ('ends', self.ends)] for k, t in b.items()} | dict(read=self.read, write=self.write, cka=self.cka)
         with new_directory(path) as tmp, writing(path):
-            (tmp/'alignment.json').write_text(json.dumps(dict(method=self.method, old=self.old, new=self.new, layers=self.layers, fit=self.fit), indent=1))
             save_file({k: (t.float() if t.is_floating_point() else t).contiguous().clone() for k, t in tensors.items()}, tmp/'alignment.safetensors')
+            head = dict(method=self.method, old=self.old, new=self.new, layers=self.layers, fit=self.fit)
+            (tmp/'alignment.json').write_text(json.dumps(head | dict(checksum=checksum(head, tmp/'alignment.safetensors')), indent=1))
 
     @classmethod
     def load(cls,
@@ -144,17 +152,17 @@ class Alignment:
         "Read an alignment; raises `ValueError` when `path` holds none or a damaged one"
         path = Path(path)
         try:
-            head, tensors = json.loads((path/'alignment.json').read_text()), load_file(path/'alignment.safetensors')
+            head = json.loads((path/'alignment.json').read_text())
+            if head.pop('checksum') != checksum(head, path/'alignment.safetensors'): raise ValueError('it was changed after it was saved')
+            tensors = load_file(path/'alignment.safetensors')
             blocks, ends = [{} for _ in head['layers']], {}
             for k, t in tensors.items():
                 i, dot, name = k.partition('.')
                 if dot: (ends if i == 'ends' else blocks[int(i)])[name] = t.double() if t.is_floating_point() else t
-            layers = [tuple(map(int, p)) for p in head.pop('layers')]
-            alignment = cls(**head, layers=layers, blocks=blocks, ends=ends, **{k: tensors[k].double() for k in ('read', 'write', 'cka')})
-            try_out(alignment)
+            layers = [tuple(p) for p in head.pop('layers')]
+            return cls(**head, layers=layers, blocks=blocks, ends=ends, **{k: tensors[k].double() for k in ('read', 'write', 'cka')})
         except Exception as e: # damaged files end in errors of all kinds
             raise ValueError(f'{path} is not a readable alignment ({type(e).__name__}: {e}): make it with `lorasuite align`') from None
-        return alignment
 
     @property
     def both(self) -> list[str]:
@@ -163,12 +171,12 @@ class Alignment:
 
     def __repr__(self): return f"Alignment({self.method}: {self.old['name']} → {self.new['name']}, {len(self.layers)} layers matched, {', '.join(f'{k} {v:.4g}' for k, v in self.fit.items())})"
 
-# %% ../nbs/09_transfer.ipynb #a23c69c4
+# %% ../nbs/09_transfer.ipynb #61bfa5aa
 def structure(
     decoder:Decoder, # a model
-) -> dict: # name, path of the blocks, the module of each role and the outputs that are its own, the embeddings, sizes
+) -> dict: # name, path of the blocks, the module of each role and the outputs that are its own, the embeddings and whether they are one, sizes
     "What one must know of a model to name its updates"
-    return dict(name=decoder.name, stack=decoder.stack, modules=decoder.wiring.modules, rows=decoder.wiring.runs(), ends=decoder.ends(), **decoder.sizes())
+    return dict(name=decoder.name, stack=decoder.stack, modules=decoder.wiring.modules, rows=decoder.wiring.runs(), ends=decoder.ends(), tied=bool(decoder.model.config.tie_word_embeddings), **decoder.sizes())
 
 def describe(
     decoder:Decoder, # a model
@@ -357,7 +365,7 @@ def untrained(
     "An update that changes nothing yet and can be trained"
     return torch.nn.init.kaiming_uniform_(torch.empty(rank, out_in[1]), a=math.sqrt(5), generator=generator), torch.zeros(out_in[0], rank)
 
-# %% ../nbs/09_transfer.ipynb #7d1bca53
+# %% ../nbs/09_transfer.ipynb #87334d03
 def homeless(
     updates:dict,           # (layer, role): A, B of the old model
     alignment:Alignment,    # of the old model with the new
@@ -388,7 +396,26 @@ def carry_ends(
         else: table[b['embedding']] = spread(A.T.double(), alignment.new['vocab']).T, alignment.write@B.double()*(maps['scale']/maps['scale2'])
     return head, table, skipped
 
-# %% ../nbs/09_transfer.ipynb #5da1f42c
+def carry_rows(
+    adapter:Adapter,        # of the old model
+    alignment:Alignment,    # of the old model with the new
+) -> tuple[dict, dict]: # path of an embedding: ids, rows; what was skipped and why
+    "Carry the rows of single trained tokens to the rows of the same tokens"
+    old, new, maps = alignment.old, alignment.new, alignment.ends
+    partner, rows, skipped = dict(zip(maps['ids'].tolist(), maps['ids2'].tolist())), {}, {}
+    through = dict(embedding=lambda X: X@alignment.write.T*(maps['scale']/maps['scale2']), head=lambda X: read_through(X, maps, 'head', maps.get('head_read', alignment.read)))
+    for path, (ids, X) in adapter.rows.items():
+        ends = [e for e in through if path and (path == old['ends'][e] or old['tied'] and path == old['ends']['embedding'])]
+        ends = [e for e in ends if e == 'embedding' or not new['tied']] or ends[:1]
+        kept = torch.tensor([i in partner for i in ids.tolist()])
+        for i in ids[~kept].tolist(): skipped[f'{path}, token {i}'] = 'the new model does not know it: add it to the tokenizer, resize the model, and align with that'
+        for end in ends:
+            if not old['ends'][end] or not new['ends'][end] or end == 'head' and new['tied']: skipped[f'{path} ({end})'] = 'rows of single tokens have no place of their own in the new model'
+            elif kept.any(): rows[new['ends'][end]] = torch.tensor([partner[i] for i in ids[kept].tolist()]), through[end](X[kept].double())
+        if not ends: raise ValueError(f"the adapter has rows of {path}, which is no embedding of {old['name']}: was it trained on another model?")
+    return rows, skipped
+
+# %% ../nbs/09_transfer.ipynb #09b0ecd8
 def new_layers(
     updates:dict,           # (layer, role): A, B of the old model
     alignment:Alignment,    # of the old model with the new
@@ -415,32 +442,13 @@ def transfer(
         rows = sharing(module, new)
         named[f"{new['stack']}.{l2}.{module}"] = join({role: out[l2, role] for role in rows if (l2, role) in out}, rows)
     head, table, lost = carry_ends(adapter, alignment)
-    lost |= homeless(updates, alignment)
-    if not named | head | table: raise ValueError(f"nothing of the adapter has a place in the new model: {'; '.join(sorted({*lost.values()}))}")
+    rows, unknown = carry_rows(adapter, alignment)
+    lost |= homeless(updates, alignment) | unknown
+    if not named | head | table | rows: raise ValueError(f"nothing of the adapter has a place in the new model: {'; '.join(sorted({*lost.values()}))}")
     single = lambda d: {path: tuple(t.float().contiguous() for t in ab) for path, ab in d.items()}
-    carried = Adapter(single(named | head), new['name'], new['layers'], embeddings=single(table), skipped=adapter.skipped | lost)
+    carried = Adapter(single(named | head), new['name'], new['layers'], embeddings=single(table), rows={p: (ids, X.float()) for p, (ids, X) in rows.items()}, skipped=adapter.skipped | lost)
     carried.card = model_card(adapter, carried, alignment)
     return carried
-
-def try_out(
-    alignment:Alignment, # as read from files
-):
-    "Carry an update of rank one of every module, which ends in some error if the alignment is damaged"
-    a = alignment
-    if a.method not in METHODS or not a.both or a.cka.shape != (a.old['layers'], a.new['layers']) or a.read.shape != (a.old['hidden'], a.new['hidden']): raise ValueError('its parts do not belong together')
-    for model in (a.old, a.new):
-        for role in model['modules']:
-            if sum(end - start for start, end in model['rows'].get(role, [[0, model['hidden']]])) != shape_of(role, model)[0]: raise ValueError(f'the outputs of {role} are of another number')
-    trial = {}
-    for module in {*a.old['modules'].values()}:
-        rows = sharing(module, a.old)
-        A, B = torch.ones(1, shape_of([*rows][0], a.old)[1]), torch.ones(sum(map(len, rows.values())), 1)
-        trial |= {f"{a.old['stack']}.{l}.{module}": (A, B) for l in range(a.old['layers'])}
-    if head := a.old['ends']['head']: trial[head] = torch.ones(1, a.old['hidden']), torch.ones(a.old['vocab'], 1)
-    tables = {p: (torch.ones(1, a.old['vocab']), torch.ones(a.old['hidden'], 1)) for p in [a.old['ends']['embedding']] if p}
-    carried = transfer(Adapter(trial, embeddings=tables), a)
-    if not {(l, role) for l in range(a.new['layers']) for role in a.both} <= sort_updates(carried, a.new).keys(): raise ValueError('its layers do not match')
-    if not all(t.isfinite().all() for ab in carried.updates.values() for t in ab): raise ValueError('its maps are not finite')
 
 def left_out(
     alignment:Alignment,    # of two models

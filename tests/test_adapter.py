@@ -4,7 +4,8 @@ import pytest, torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from models import effect, error, logits, random_decoder, tokens
+from models import effect, effect_error, error, logits, random_decoder, tokens
+from test_laws import enlarge
 from lorasuite.adapter import Adapter, balance, new_directory
 from lorasuite.finetune import finetune
 from lorasuite.wiring import ROLES
@@ -152,7 +153,6 @@ def test_refuses(decoder, to_itself, tmp_path, name):
 
 SKIPPED = dict(
     full_weights=(dict(modules_to_save=['lm_head']), ['lm_head.weight']),
-    token_rows=(dict(trainable_token_indices=[1, 2]), ['model.embed_tokens.token_adapter.trainable_tokens_delta']),
     biases=(dict(bias='all'), ['model.layers.0.self_attn.k_proj.bias', 'model.layers.0.self_attn.q_proj.base_layer.bias']),
 )
 
@@ -169,6 +169,31 @@ def test_skips_by_name(decoder, tmp_path, name):
     assert all(f'`{key}`' in carried.card for key in carried.skipped)
     carried.save(tmp_path/'carried')
     check_loads(tmp_path/'carried', model)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('tied', [True, False])
+def test_tokens_trained_or_added_with_the_adapter(tokenizer, tmp_path, tied):
+    chat = copy.deepcopy(tokenizer)
+    chat.add_special_tokens(dict(additional_special_tokens=['<call>']))
+    call, ids = chat.get_vocab()['<call>'], tokens()
+    ids[:, ::5] = call
+    old = random_decoder(chat, tie_word_embeddings=tied)
+    settings = dict(trainable_token_indices=[call, 7] if tied else {'embed_tokens': [call, 7], 'lm_head': [9, call]})
+    model = get_peft_model(copy.deepcopy(old.model), LoraConfig(r=4, target_modules=['q_proj'], task_type='CAUSAL_LM', **settings))
+    for name, p in model.named_parameters():
+        if 'lora_B' in name or 'trainable_tokens_delta' in name: p.data += .1*torch.randn_like(p)
+    model.save_pretrained(tmp_path/'a')
+    adapter = Adapter.load(tmp_path/'a')
+    with torch.no_grad(): assert error(logits(old, ids, adapter), model(ids).logits) <= 1e-6
+    new, _, new_id = enlarge(old, words=True, hidden=96, heads=6, kv_heads=3)
+    carried = transfer(adapter, align(old, new))
+    assert not carried.skipped and [p for p in carried.rows] == [*dict.fromkeys([*adapter.rows, 'lm_head'])]
+    assert effect_error(old, adapter, new, carried, ids=ids, new_id=new_id) <= 1e-3
+    carried.save(tmp_path/'carried')
+    assert effect_error(old, adapter, new, Adapter.load(tmp_path/'carried'), ids=ids, new_id=new_id) <= 1e-3
+    unaware = random_decoder(tokenizer, seed=1)
+    lost = transfer(adapter, align(old, unaware)).skipped
+    assert f'model.embed_tokens, token {call}' in lost and all('add it to the tokenizer, resize' in why for why in lost.values())
 
 def test_layers_without_a_place_are_skipped_by_name(decoder, adapter, tokenizer):
     shallow = random_decoder(tokenizer, layers=3, seed=1)
