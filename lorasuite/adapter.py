@@ -7,8 +7,8 @@ __all__ = ['PREFIX', 'REFUSED', 'FULL', 'ROWS', 'PLAIN_STARTS', 'NOT_CARRIED', '
            'check_pair', 'split_keys', 'scaling', 'check_config', 'adapter_dir', 'parsing', 'writing', 'check_output',
            'hold', 'temporary', 'new_directory', 'discard', 'check_fit', 'Adapter', 'balance']
 
-# %% ../nbs/03_adapter.ipynb #13efd2f4
-import glob, os, shutil, tempfile
+# %% ../nbs/03_adapter.ipynb #e4195625
+import glob, os, re, shutil, tempfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ from .model import Decoder, resolve
 try: import fcntl
 except ImportError: fcntl = None # Windows
 
-# %% ../nbs/03_adapter.ipynb #a0988079
+# %% ../nbs/03_adapter.ipynb #94d229ff
 PREFIX = 'base_model.model.'
 REFUSED = {
     'lora_magnitude_vector': 'DoRA makes ΔW dense: merge it into the base and extract a LoRA again',
@@ -38,7 +38,7 @@ def full_weight(
     key:str, # of a tensor in an adapter file
 ) -> bool:
     "Is it a weight or bias of the model itself, as `modules_to_save` and resized embeddings leave them?"
-    return key.startswith(PREFIX) and 'lora_' not in key and key.endswith(('.weight', '.bias'))
+    return key.startswith(PREFIX) and 'lora_' not in key and re.search(r'(?<!_[A-Z])\.(weight|bias)$', key) is not None
 
 ROWS = '.token_adapter.trainable_tokens_delta'
 

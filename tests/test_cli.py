@@ -78,7 +78,7 @@ def test_finetune_and_evaluate(work, carried, hundred):
 def test_inspect():
     said = report('inspect', 'zoo/old', 'zoo/new', 'zoo/adapter')
     assert said['sizes']['attention'] == ['MHA', 'GQA'] and said['shared_tokens'] == 512 and not said['notes'] and 'deep' not in said
-    assert said['adapter'] == dict(updates=28, ranks=[16], roles={r: 4 for r in ROLES}, layers_without_partner=0)
+    assert said['adapter'] == dict(updates=28, ranks=[16], roles={r: 4 for r in ROLES}, layers_without_partner=0, skipped={})
     back = run('inspect', 'zoo/new', 'zoo/old', '--deep')
     assert back.exit_code == 0 and 'note: 2 of 6 old layers will find no partner' in back.stdout and 'layers: 0→0, 1→1, 3→2, 5→3' in back.stdout
 
