@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['ROLES', 'find_blocks', 'parts_of', 'outputs_of', 'inputs_of', 'is_norm', 'Tags', 'Call', 'dry_run', 'gradients',
            'sources', 'pick', 'reached', 'attention_rows', 'mlp_rows', 'Wiring', 'writers', 'place', 'norms_of',
-           'find_wiring']
+           'skeleton', 'find_wiring']
 
-# %% ../nbs/01_wiring.ipynb #f9228981
+# %% ../nbs/01_wiring.ipynb #52711efb
+import copy
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from unittest.mock import patch
 import torch
+from accelerate import init_empty_weights
 from torch import nn, Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 # %% ../nbs/01_wiring.ipynb #f6ae92f6
 def find_blocks(
@@ -184,7 +186,7 @@ def mlp_rows(
     odd = torch.allclose(again(first)[down].input.flatten()[:size], -x.flatten()[:size], rtol=1e-4)
     return dict(gate=second, up=first) if odd else dict(gate=first, up=second)
 
-# %% ../nbs/01_wiring.ipynb #80f0fdbe
+# %% ../nbs/01_wiring.ipynb #75393e9d
 ROLES = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
 @dataclass
@@ -248,10 +250,19 @@ def norms_of(
         elif not any(torch.allclose(x, seen) for seen in (stream, stream + attention)): raise ValueError(f'{modules[role]} does not read the stream or a norm of it')
     return before, after
 
+def skeleton(
+    model:PreTrainedModel,  # on any device, quantised or not
+) -> PreTrainedModel: # in evaluation mode, its parameters on the device `meta`
+    "A model of the same configuration without weights, for the CPU"
+    config = copy.deepcopy(model.config)
+    if hasattr(config, 'quantization_config'): del config.quantization_config
+    with init_empty_weights(include_buffers=False): return AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
+
 def find_wiring(
     model:PreTrainedModel,  # a decoder-only language model, with or without weights
 ) -> Wiring:
     "Find the role of every part of a model's blocks; raises `ValueError` naming the part that is not understood"
+    if model.device.type not in ('cpu', 'meta'): model = skeleton(model)
     path, blocks = find_blocks(model)
     block, parts = blocks[0], parts_of(blocks[0])
     def refuse(name, why): raise ValueError(f'{path}.0{name and "."}{name} ({type(block.get_submodule(name)).__name__}) {why}: lorasuite reads '
