@@ -11,7 +11,7 @@ from lorasuite.adapter import Adapter
 from lorasuite.cka import probe_texts
 from lorasuite.finetune import fresh
 from lorasuite.wiring import ROLES
-from lorasuite.model import Decoder
+from lorasuite.model import Decoder, load_decoder
 from lorasuite.oracle import extend_tokenizer, grow
 from lorasuite.transfer import Alignment, align, transfer
 from lorasuite.zoo import NEW_WORDS, corpus, new_tokenizer
@@ -246,3 +246,18 @@ def test_wrong_adapter_for_an_alignment(grown, model):
     with pytest.raises(ValueError, match='was it trained on another model'): transfer(fresh(grown('gqa', 'all')[0], 4), alignment)
     with pytest.raises(ValueError, match='k_proj is 64×64, the weight of .* is 32×64'): transfer(fresh(model('wide_heads'), 4), alignment)
     with pytest.raises(ValueError, match='choose one of exact, paper'): align(model('gqa'), model('gqa'), method='best')
+
+# ---- weights that stay in their files
+
+def test_a_directory_in_shards_is_aligned_like_a_loaded_model(model, grown, trained, tmp_path):
+    old, new = model('gqa'), grown('gqa', 'all')[0]
+    for name, d in dict(old=old, new=new).items():
+        d.model.save_pretrained(tmp_path/name, max_shard_size='100KB'), d.tokenizer.save_pretrained(tmp_path/name)
+        assert len([*(tmp_path/name).glob('model-*.safetensors')]) > 2
+        lazy = load_decoder(tmp_path/name, lazy=True)
+        assert all(p.device.type == 'meta' for p in lazy.model.parameters())
+        assert all(torch.equal(lazy.weight(1, r), d.weight(1, r)) for r in d.roles) and torch.equal(lazy.embeddings, d.embeddings)
+        assert error(logits(lazy, tokens()), logits(d, tokens())) <= 1e-6
+    loaded, in_files = align(old, new, FEW), align(tmp_path/'old', tmp_path/'new', FEW)
+    assert loaded.layers == in_files.layers and all(torch.equal(a[k], b[k]) for a, b in zip(loaded.blocks, in_files.blocks) for k in a)
+    assert error(whole(transfer(trained('gqa'), in_files)), whole(transfer(trained('gqa'), loaded))) <= 1e-6
