@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['sketch', 'stored', 'inspect', 'limits', 'outlook', 'depths', 'forecast', 'text_report']
 
-# %% ../nbs/14_inspection.ipynb #1c3f0a21
+# %% ../nbs/14_inspection.ipynb #49cebf3e
 import os, warnings
+from dataclasses import replace
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
@@ -16,7 +17,7 @@ from .wiring import ROLES
 from .model import Decoder, reading, resolve
 from .adapter import Adapter
 from .transfer_matrix import shared_tokens
-from .transfer import align, reasons, sort_updates, structure, warn_of_limits
+from .transfer import align, lost_ends, reasons, sort_updates, structure, warn_of_limits
 
 # %% ../nbs/14_inspection.ipynb #33d218bf
 def sketch(
@@ -38,7 +39,7 @@ def stored(
     with reading(name): found = get_local_safetensors_metadata(source) if Path(source).is_dir() else get_safetensors_metadata(source)
     return found.parameter_count
 
-# %% ../nbs/14_inspection.ipynb #e83beaed
+# %% ../nbs/14_inspection.ipynb #467bf96e
 def inspect(
     old:str|os.PathLike,                # the model that adapters were trained on
     new:str|os.PathLike,                # the model that they shall be carried to
@@ -75,9 +76,12 @@ def outlook(
     new:Decoder,        # where it shall go
 ) -> dict: # number of updates, their ranks, how many of each role, how many layers lose theirs
     "What of an adapter will be carried; raises `ValueError` if it belongs to another model"
-    updates = sort_updates(adapter, structure(old))
+    a, b = structure(old), structure(new)
+    updates, lost = sort_updates(adapter, a), lost_ends(a['ends'], b['ends'])
+    gone = {p: lost[end] for end, paths in (('head', adapter.updates), ('embedding', adapter.embeddings)) if end in lost for p in paths if p == a['ends'][end]}
+    gone |= {f'{old.path(l, role)} ({role})': f'the new model has no {role}' for l, role in updates if role not in new.roles}
     return dict(updates=len(adapter.updates) + len(adapter.embeddings), ranks=sorted({len(A) for A, _ in updates.values()}), roles={role: n for role in ROLES if (n := sum(r == role for _, r in updates))},
-                layers_without_partner=max(0, old.layers - new.layers), skipped=reasons(adapter))
+                layers_without_partner=max(0, old.layers - new.layers), skipped=reasons(replace(adapter, skipped=adapter.skipped | gone)))
 
 def depths(
     old:str|os.PathLike, # the old model
@@ -99,7 +103,7 @@ def forecast(
     if r2 < .5 or margin < .2: return 'no relative: expect nothing from carrying; train a new adapter, with the old specialist as teacher where labels are few'
     return 'distant: nothing like it has been measured; carry, and compare with the base before you trust it'
 
-# %% ../nbs/14_inspection.ipynb #45dd1a39
+# %% ../nbs/14_inspection.ipynb #eb3671d0
 def text_report(
     report:dict, # as `inspect` makes it
 ) -> str:
@@ -110,7 +114,7 @@ def text_report(
     lines += [f"shared tokens: {r['shared_tokens']:,} of {r['sizes']['vocab'][0]:,} old and {r['sizes']['vocab'][1]:,} new"]
     if a := r.get('adapter'):
         lines += [f"adapter: {a['updates']} updates of rank {', '.join(map(str, a['ranks']))} ({', '.join(f'{k} {n}' for k, n in a['roles'].items())}), "
-                  + (f"{a['layers_without_partner']} layers' updates will be left out" if a['layers_without_partner'] else 'all will be carried')]
+                  + (f"{a['layers_without_partner']} layers' updates will be left out" if a['layers_without_partner'] else 'some will be skipped' if a['skipped'] else 'all will be carried')]
         lines += [f"skipped, {why}: {', '.join(what)}" for why, what in a['skipped'].items()]
     lines += [f'note: {n}' for n in r['notes']]
     if d := r.get('deep'):

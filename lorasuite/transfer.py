@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'left_maps', 'scales', 'take', 'exact_block', 'inverse', 'gains', 'pseudo_inverse', 'paper_block',
            'checksum', 'Alignment', 'structure', 'describe', 'embedding_scale', 'ends_between', 'warn_of_limits',
            'align', 'read_through', 'write_through', 'carry_heads', 'carry_update', 'shape_of', 'sharing',
-           'sort_updates', 'join', 'untrained', 'homeless', 'carry_ends', 'carry_rows', 'new_layers', 'transfer',
-           'left_out', 'reasons', 'model_card']
+           'sort_updates', 'join', 'untrained', 'homeless', 'lost_ends', 'carry_ends', 'carry_rows', 'new_layers',
+           'transfer', 'left_out', 'reasons', 'model_card']
 
 # %% ../nbs/09_transfer.ipynb #c89871c9
 import hashlib, json, math, os, warnings
@@ -365,7 +365,7 @@ def untrained(
     "An update that changes nothing yet and can be trained"
     return torch.nn.init.kaiming_uniform_(torch.empty(rank, out_in[1]), a=math.sqrt(5), generator=generator), torch.zeros(out_in[0], rank)
 
-# %% ../nbs/09_transfer.ipynb #87334d03
+# %% ../nbs/09_transfer.ipynb #b1369366
 def homeless(
     updates:dict,           # (layer, role): A, B of the old model
     alignment:Alignment,    # of the old model with the new
@@ -376,6 +376,13 @@ def homeless(
     alone = {name(l, role): 'its layer has no partner: the new model is shallower' for l, role in updates if l not in kept}
     return alone | {name(l, role): f"the new model has no {role}" for l, role in updates if l in kept and role not in alignment.both}
 
+def lost_ends(
+    old:dict,   # `ends` of the old model, as `structure` gives them
+    new:dict,   # of the new one
+) -> dict[str, str]: # `embedding` or `head`: why its updates cannot be carried
+    "The embeddings whose updates have no place"
+    return {n: f'the {side} model does more to its embeddings than a linear map' for n in ('embedding', 'head') for side, model in (('new', new), ('old', old)) if not model[n]}
+
 def carry_ends(
     adapter:Adapter,        # of the old model
     alignment:Alignment,    # of the old model with the new
@@ -384,7 +391,7 @@ def carry_ends(
     a, b, maps = alignment.old['ends'], alignment.new['ends'], alignment.ends
     head, table, skipped = {}, {}, {}
     spread = lambda X, vocab: torch.zeros(vocab, X.shape[1], dtype=X.dtype).index_copy(0, maps['ids2'], X[maps['ids']])
-    lost = {n: f'the {side} model does more to its embeddings than a linear map' for n in ('embedding', 'head') for side, model in (('new', b), ('old', a)) if not model[n]}
+    lost = lost_ends(a, b)
     for path, (A, B) in adapter.updates.items():
         if not path or path != a['head']: continue
         if (B.shape[0], A.shape[1]) != (alignment.old['vocab'], alignment.old['hidden']): raise ValueError(f"the update of {path} is {B.shape[0]}×{A.shape[1]}, not of {alignment.old['name']}: was it trained on another model?")

@@ -9,7 +9,8 @@ from lorasuite.cka import probe_texts
 from lorasuite.finetune import fresh
 from lorasuite.model import Decoder
 from lorasuite.oracle import grow
-from lorasuite.transfer import align, transfer
+from lorasuite.inspection import outlook
+from lorasuite.transfer import align, reasons, transfer
 from lorasuite.zoo import new_tokenizer
 
 FAMILIES = dict(llama={}, mistral={}, qwen2={}, qwen3={}, gemma2={}, gemma3_text={}, phi3={}, olmo2={}, gpt_neox={}, sequential_neox=dict(family='gpt_neox', use_parallel_residual=False),
@@ -115,3 +116,13 @@ def test_two_families_with_other_tokenizers_and_head_sizes(tokenizer, tmp_path):
     carried.save(tmp_path/'carried')
     again = Adapter.load(tmp_path/'carried')
     assert error(effect(b, tokens(b.vocab), again), effect(b, tokens(b.vocab), carried)) <= 1e-5
+
+@pytest.mark.parametrize('old, new', [('gemma2', 'gpt2'), ('llama', 'bloom'), ('gpt2', 'qwen3')])
+def test_inspect_foretells_what_is_skipped(old, new, model, trained):
+    a, b = model(old), model(new)
+    table = {a.ends()['embedding']: (torch.ones(1, a.vocab), torch.ones(a.hidden, 1))}
+    adapter = Adapter(trained(old).updates, layers=a.layers, embeddings=table)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        carried = transfer(adapter, align(a, b, FEW))
+    assert outlook(adapter, a, b)['skipped'] == reasons(carried)
