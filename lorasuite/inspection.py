@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['sketch', 'stored', 'inspect', 'limits', 'outlook', 'depths', 'forecast', 'text_report']
 
-# %% ../nbs/14_inspection.ipynb #49cebf3e
-import os, warnings
+# %% ../nbs/14_inspection.ipynb #13eae503
+import math, os, warnings
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
-from pathlib import Path
+from huggingface_hub import get_safetensors_metadata
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .wiring import ROLES
 from .model import Decoder, reading, resolve
@@ -30,14 +32,19 @@ def sketch(
         with init_empty_weights(include_buffers=False): model = AutoModelForCausalLM.from_config(config).eval()
     return Decoder(model, tokenizer, name)
 
-# %% ../nbs/14_inspection.ipynb #c39ac850
+# %% ../nbs/14_inspection.ipynb #6a30de42
 def stored(
     name:str|os.PathLike, # a directory, `zoo/…`, or a Hub id
 ) -> dict[str, int]: # type as safetensors writes it: number of weights
     "Number of weights of a model by type, from the headers of its files; raises `ValueError` or `OSError` where there are no safetensors"
-    source = resolve(name)
-    with reading(name): found = get_local_safetensors_metadata(source) if Path(source).is_dir() else get_safetensors_metadata(source)
-    return found.parameter_count
+    source, found = resolve(name), Counter()
+    with reading(name):
+        if not Path(source).is_dir(): return get_safetensors_metadata(source).parameter_count
+        for file in Path(source).glob('*.safetensors'):
+            with safe_open(file, 'pt') as weights:
+                for w in map(weights.get_slice, weights.keys()): found[w.get_dtype()] += math.prod(w.get_shape())
+    if not found: raise FileNotFoundError(f'{name} has no weights in safetensors: save the model again')
+    return dict(found)
 
 # %% ../nbs/14_inspection.ipynb #467bf96e
 def inspect(
