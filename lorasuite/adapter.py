@@ -333,12 +333,13 @@ class Adapter:
         ranks = sorted({len(A) for A, _ in self.updates.values()})
         return f'Adapter({len(self.updates)} updates of {self.base or "an unnamed base"}, rank {ranks}, {sum(A.numel()+B.numel() for A, B in self.updates.values()):,} numbers)'
 
-# %% ../nbs/03_adapter.ipynb #bb282f61
+# %% ../nbs/03_adapter.ipynb #eb83e493
 def balance(
     A:Tensor, # (rank, in)
     B:Tensor, # (out, rank)
 ) -> tuple[Tensor, Tensor]: # the same product in float64, with factors of equal norm; rank at most in or out
     "Share the size of `B A` equally between its factors, by two QRs and a rank×rank SVD"
+    if not B.any(): return A.double()[:min(B.shape[0], A.shape[1])], B.double()[:, :min(B.shape[0], A.shape[1])] # untrained: both zero could never learn
     Qa, Ra = torch.linalg.qr(A.T.double())
     Qb, Rb = torch.linalg.qr(B.double())
     U, S, Vt = torch.linalg.svd(Rb@Ra.T, full_matrices=False)

@@ -261,3 +261,7 @@ def test_a_directory_in_shards_is_aligned_like_a_loaded_model(model, grown, trai
     loaded, in_files = align(old, new, FEW), align(tmp_path/'old', tmp_path/'new', FEW)
     assert loaded.layers == in_files.layers and all(torch.equal(a[k], b[k]) for a, b in zip(loaded.blocks, in_files.blocks) for k in a)
     assert error(whole(transfer(trained('gqa'), in_files)), whole(transfer(trained('gqa'), loaded))) <= 1e-6
+
+def test_an_untrained_adapter_can_still_learn_after_it_was_carried(model, grown):
+    carried = transfer(fresh(model('gqa'), 4), grown('gqa', 'all')[-1])
+    assert all(not B.any() and A.abs().sum(1).min() > 0 for A, B in carried.updates.values())
