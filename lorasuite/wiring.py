@@ -71,7 +71,7 @@ class Tags:
         i = torch.searchsorted(self.sorted, x - 1e-6).clamp_max(len(self.sorted)-1)
         return self.order[i] if ((self.sorted[i] - x).abs() < 2e-6).all() else None
 
-# %% ../nbs/01_wiring.ipynb #c063f23e
+# %% ../nbs/01_wiring.ipynb #765e644a
 @dataclass
 class Call:
     "What passed through a module in a dry run"
@@ -106,6 +106,8 @@ def dry_run(
         calls['end'] = Call(out[0] if isinstance(out, tuple) else out)
         raise Done
     with ExitStack() as stack, torch.enable_grad():
+        stack.callback(model.train, model.training)
+        model.eval() # dropout would mix the tags up
         for m in parts_of(model).values(): stack.enter_context(patch.object(m, 'forward', stand_in(m)))
         for hook in (block.register_forward_pre_hook(start, with_kwargs=True), block.register_forward_hook(end)): stack.callback(hook.remove)
         try: model(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=False)

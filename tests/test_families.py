@@ -126,3 +126,7 @@ def test_inspect_foretells_what_is_skipped(old, new, model, trained):
         warnings.simplefilter('ignore')
         carried = transfer(adapter, align(a, b, FEW))
     assert outlook(adapter, a, b)['skipped'] == reasons(carried)
+
+def test_a_model_in_training_is_read_alike_and_left_in_training(tokenizer):
+    model = random_decoder(tokenizer, 'gpt2', layers=2).model.train()
+    assert Decoder(model, tokenizer).wiring.runs() == random_decoder(tokenizer, 'gpt2', layers=2).wiring.runs() and model.training
