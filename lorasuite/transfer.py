@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'left_maps', 'scales', 'take', 'exact_block', 'inverse', 'gains', 'pseudo_inverse', 'paper_block',
            'checksum', 'Alignment', 'structure', 'describe', 'embedding_scale', 'ends_between', 'warn_of_limits',
            'align', 'read_through', 'write_through', 'carry_heads', 'carry_update', 'shape_of', 'sharing',
-           'sort_updates', 'join', 'untrained', 'homeless', 'lost_ends', 'carry_ends', 'carry_rows', 'new_layers',
-           'transfer', 'left_out', 'reasons', 'model_card']
+           'sort_updates', 'join', 'in_modules', 'untrained', 'homeless', 'lost_ends', 'carry_ends', 'carry_rows',
+           'new_layers', 'transfer', 'left_out', 'reasons', 'model_card']
 
 # %% ../nbs/09_transfer.ipynb #c89871c9
 import hashlib, json, math, os, warnings
@@ -341,7 +341,7 @@ def sort_updates(
         for role, own in rows[module].items(): out[l, role] = A, B[own]
     return out
 
-# %% ../nbs/09_transfer.ipynb #0fe45f9a
+# %% ../nbs/09_transfer.ipynb #aba22a3c
 def join(
     parts:dict[str, tuple[Tensor, Tensor]], # role: A, B
     rows:dict[str, list[int]],              # role: its outputs in the module
@@ -355,6 +355,17 @@ def join(
     A, B = balance(A, B)
     size = A.norm(dim=1)
     return A[size > 1e-4*size.max()], B[:, size > 1e-4*size.max()]
+
+def in_modules(
+    updates:dict[tuple[int, str], tuple],   # (layer, role): A, B
+    model:dict,                             # structure of the model that they are for
+) -> dict[str, tuple[Tensor, Tensor]]: # path of a module: A, B
+    "Updates by the modules that hold their roles"
+    named = {}
+    for l, module in sorted({(l, model['modules'][role]) for l, role in updates}):
+        rows = sharing(module, model)
+        named[f"{model['stack']}.{l}.{module}"] = join({role: updates[l, role] for role in rows if (l, role) in updates}, rows)
+    return named
 
 # %% ../nbs/09_transfer.ipynb #4e635116
 def untrained(
@@ -422,7 +433,7 @@ def carry_rows(
         if not ends: raise ValueError(f"the adapter has rows of {path}, which is no embedding of {old['name']}: was it trained on another model?")
     return rows, skipped
 
-# %% ../nbs/09_transfer.ipynb #09b0ecd8
+# %% ../nbs/09_transfer.ipynb #2b308766
 def new_layers(
     updates:dict,           # (layer, role): A, B of the old model
     alignment:Alignment,    # of the old model with the new
@@ -443,11 +454,7 @@ def transfer(
     for (l, l2), maps in zip(alignment.layers, alignment.blocks):
         for role in alignment.both:
             if (l, role) in updates: out[l2, role] = balance(*carry_update(role, *(t.double() for t in updates[l, role]), maps, alignment))
-    out |= new_layers(updates, alignment)
-    named = {}
-    for l2, module in sorted({(l2, new['modules'][role]) for l2, role in out}):
-        rows = sharing(module, new)
-        named[f"{new['stack']}.{l2}.{module}"] = join({role: out[l2, role] for role in rows if (l2, role) in out}, rows)
+    named = in_modules(out | new_layers(updates, alignment), new)
     head, table, lost = carry_ends(adapter, alignment)
     rows, unknown = carry_rows(adapter, alignment)
     lost |= homeless(updates, alignment) | unknown
