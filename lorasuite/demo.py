@@ -6,7 +6,7 @@
 __all__ = ['FEW', 'RANK', 'GRID', 'RUN', 'GRID_ALL', 'ARMS', 'Arm', 'questions', 'few', 'runs', 'best_setting', 'tune', 'sweep',
            'carry', 'record_runs', 'arms', 'size', 'gain_share', 'table', 'plot_arms', 'save_plots', 'demo']
 
-# %% ../nbs/14_demo.ipynb #44e939ae
+# %% ../nbs/14_demo.ipynb #85a75c23
 import json, os, random, statistics, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from tqdm.auto import tqdm
 from .model import Decoder, data_dir, load_decoder
 from .adapter import Adapter, check_output, discard, new_directory
-from .transfer_matrix import plot_spectrum, shared_tokens, transfer_matrix
+from .transfer_matrix import plot_spectrum
 from .layer_mapping import plot_layer_map
 from .head_mapping import head_similarity, plot_head_map
 from .transfer import Alignment, align, transfer

@@ -6,13 +6,13 @@
 __all__ = ['FIELDS', 'load_data', 'read_utf8', 'read_json', 'prompt', 'encode', 'Bar', 'claim_checkpoints', 'last_checkpoint',
            'Keeper', 'fit', 'finetune', 'fresh', 'plot_losses']
 
-# %% ../nbs/10_finetune.ipynb #c6fd7289
+# %% ../nbs/10_finetune.ipynb #828b4248
 import hashlib, json, os, shutil, tempfile
 from collections.abc import Sequence
 from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, load_dataset
 from matplotlib.axes import Axes
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainingArguments

@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'left_maps', 'scales', 'take', 'exact_block', 'inverse', 'gains', 'pseudo_inverse', 'paper_block',
            'checksum', 'Alignment', 'structure', 'describe', 'embedding_scale', 'ends_between', 'warn_of_limits',
            'align', 'read_through', 'write_through', 'carry_heads', 'carry_update', 'shape_of', 'sharing',
-           'sort_updates', 'join', 'in_modules', 'untrained', 'homeless', 'lost_ends', 'carry_ends', 'carry_rows',
-           'new_layers', 'transfer', 'left_out', 'reasons', 'model_card']
+           'check_shape', 'sort_updates', 'join', 'in_modules', 'untrained', 'homeless', 'lost_ends', 'carry_ends',
+           'carry_rows', 'new_layers', 'transfer', 'left_out', 'reasons', 'model_card']
 
 # %% ../nbs/09_transfer.ipynb #c89871c9
 import hashlib, json, math, os, warnings
@@ -307,7 +307,7 @@ def carry_update(
     if role == 'down': return (take(A.T, maps['neurons'])*scale[:, None]).T, write_through(B, maps, 'down', a.write)
     return read_through(A, maps, 'mlp', a.read), take(B, maps['neurons'])*scale[:, None]
 
-# %% ../nbs/09_transfer.ipynb #3c9bcf43
+# %% ../nbs/09_transfer.ipynb #523e2c86
 def shape_of(
     role:str,   # which projection
     sizes:dict, # of a model, as `structure` gives them
@@ -323,6 +323,15 @@ def sharing(
     "The roles that a module plays, and which of its outputs are whose"
     return {role: [i for a, b in model['rows'].get(role, [[0, model['hidden']]]) for i in range(a, b)] for role, m in model['modules'].items() if m == module}
 
+def check_shape(
+    path:str,               # of a module of the old model
+    found:tuple[int, ...],  # (out, in) of an update, or (tokens, hidden) of rows
+    shape:tuple[int, ...],  # that it should have
+    name:str,               # of the old model
+):
+    "Raise `ValueError` unless an update is of the size of its weight"
+    if tuple(found) != tuple(shape): raise ValueError(f"the update of {path} is {'×'.join(map(str, found))}, the weight of {name} is {'×'.join(map(str, shape))}: was it trained on another model?")
+
 def sort_updates(
     adapter:Adapter, # whose modules are named after the old model
     old:dict,        # structure of the old model
@@ -335,9 +344,7 @@ def sort_updates(
         if path and path == old['ends']['head']: continue
         if path not in spots: raise ValueError(f"the adapter updates {path}, which {old['name']} does not have, or not as a linear map of a block: was it trained on another model?")
         l, module = spots[path]
-        shape = sum(map(len, rows[module].values())), shape_of([*rows[module]][0], old)[1]
-        if (B.shape[0], A.shape[1]) != shape:
-            raise ValueError(f"the update of {path} is {B.shape[0]}×{A.shape[1]}, the weight of {old['name']} is {'×'.join(map(str, shape))}: was it trained on another model?")
+        check_shape(path, (len(B), A.shape[1]), (sum(map(len, rows[module].values())), shape_of([*rows[module]][0], old)[1]), old['name'])
         for role, own in rows[module].items(): out[l, role] = A, B[own]
     return out
 
@@ -376,7 +383,7 @@ def untrained(
     "An update that changes nothing yet and can be trained"
     return torch.nn.init.kaiming_uniform_(torch.empty(rank, out_in[1]), a=math.sqrt(5), generator=generator), torch.zeros(out_in[0], rank)
 
-# %% ../nbs/09_transfer.ipynb #b1369366
+# %% ../nbs/09_transfer.ipynb #531ea1b6
 def homeless(
     updates:dict,           # (layer, role): A, B of the old model
     alignment:Alignment,    # of the old model with the new
@@ -405,11 +412,11 @@ def carry_ends(
     lost = lost_ends(a, b)
     for path, (A, B) in adapter.updates.items():
         if not path or path != a['head']: continue
-        if (B.shape[0], A.shape[1]) != (alignment.old['vocab'], alignment.old['hidden']): raise ValueError(f"the update of {path} is {B.shape[0]}×{A.shape[1]}, not of {alignment.old['name']}: was it trained on another model?")
+        check_shape(path, (len(B), A.shape[1]), (alignment.old['vocab'], alignment.old['hidden']), alignment.old['name'])
         if 'head' in lost: skipped[path] = lost['head']
         else: head[b['head']] = read_through(A.double(), maps, 'head', maps.get('head_read', alignment.read)), spread(B.double(), alignment.new['vocab'])
     for path, (A, B) in adapter.embeddings.items():
-        if (B.shape[0], A.shape[1]) != (alignment.old['hidden'], alignment.old['vocab']): raise ValueError(f"the update of {path} is {B.shape[0]}×{A.shape[1]}, not of {alignment.old['name']}: was it trained on another model?")
+        check_shape(path, (len(B), A.shape[1]), (alignment.old['hidden'], alignment.old['vocab']), alignment.old['name'])
         if path != a['embedding'] or 'embedding' in lost: skipped[path] = lost.get('embedding', 'it is not the embedding of tokens')
         else: table[b['embedding']] = spread(A.T.double(), alignment.new['vocab']).T, alignment.write@B.double()*(maps['scale']/maps['scale2'])
     return head, table, skipped
@@ -423,6 +430,7 @@ def carry_rows(
     partner, rows, skipped = dict(zip(maps['ids'].tolist(), maps['ids2'].tolist())), {}, {}
     through = dict(embedding=lambda X: X@alignment.write.T*(maps['scale']/maps['scale2']), head=lambda X: read_through(X, maps, 'head', maps.get('head_read', alignment.read)))
     for path, (ids, X) in adapter.rows.items():
+        check_shape(path, X.shape, (len(ids), old['hidden']), old['name'])
         ends = [e for e in through if path and (path == old['ends'][e] or old['tied'] and path == old['ends']['embedding'])]
         ends = [e for e in ends if e == 'embedding' or not new['tied']] or ends[:1]
         kept = torch.tensor([i in partner for i in ids.tolist()])

@@ -7,13 +7,12 @@ __all__ = ['VALUES', 'SENTENCES', 'QUESTIONS', 'MONTHS', 'WEATHER', 'NEW_WORDS',
            'corpus', 'cloze', 'knows', 'task', 'new_tokenizer', 'new_model', 'blocks_of', 'pretrain', 'save_model',
            'made', 'make_models', 'make_task', 'make_adapter', 'make']
 
-# %% ../nbs/13_zoo.ipynb #b35311e5
+# %% ../nbs/13_zoo.ipynb #78c09bf9
 import json, random, re, shutil, time
 from collections.abc import Callable
 from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .model import Decoder, data_dir, load_decoder
 from .adapter import Adapter, new_directory

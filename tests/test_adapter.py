@@ -191,6 +191,10 @@ def test_tokens_trained_or_added_with_the_adapter(tokenizer, tmp_path, tied):
     assert effect_error(old, adapter, new, carried, ids=ids, new_id=new_id) <= 1e-3
     carried.save(tmp_path/'carried')
     assert effect_error(old, adapter, new, Adapter.load(tmp_path/'carried'), ids=ids, new_id=new_id) <= 1e-3
+    joined = random_decoder(chat, tie_word_embeddings=True, seed=1)
+    assert [*transfer(adapter, align(old, joined)).rows] == ['model.embed_tokens'] and ('lm_head (head)' in transfer(adapter, align(old, joined)).skipped) == (not tied)
+    narrow = Adapter(adapter.updates, rows={p: (i, X[:, 1:]) for p, (i, X) in adapter.rows.items()})
+    with pytest.raises(ValueError, match='is 2×63, the weight of .* is 2×64: was it trained on another model'): transfer(narrow, align(old, new))
     unaware = random_decoder(tokenizer, seed=1)
     lost = transfer(adapter, align(old, unaware)).skipped
     assert f'model.embed_tokens, token {call}' in lost and all('add it to the tokenizer, resize' in why for why in lost.values())

@@ -2,7 +2,7 @@
 import json
 import pytest, torch
 from models import error, random_decoder, whole
-from lorasuite.evaluate import Score, bits_per_byte, evaluate, generate
+from lorasuite.evaluate import bits_per_byte, evaluate, generate
 from lorasuite.finetune import encode, finetune, fresh, load_data
 
 ROWS = [dict(instruction=f'Where does {n} live?', input='', output=v, answer=v) for n, v in zip('Ann Bob Cid Dan Eve Fay Gus Hal'.split(), 'Arden Birch Colm Dover Elmo Ferry Gale Hythe'.split())]

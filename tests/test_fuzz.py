@@ -5,7 +5,6 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save
 from lorasuite.adapter import PREFIX, Adapter
-from lorasuite.model import data_dir
 from lorasuite.transfer import Alignment, align, transfer
 
 FILE, CONFIG = 'adapter_model.safetensors', 'adapter_config.json'

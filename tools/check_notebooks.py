@@ -1,6 +1,5 @@
 "Stop if a notebook is not clean, was not executed, or shows an error or a warning."
 import sys
-from pathlib import Path
 
 from execnb.nbio import nb2str, read_nb
 from nbdev.clean import clean_nb
