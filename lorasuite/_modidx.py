@@ -282,4 +282,6 @@ d = { 'settings': { 'branch': 'main',
                                'lorasuite.zoo.pretrain': ('zoo.html#pretrain', 'lorasuite/zoo.py'),
                                'lorasuite.zoo.save_model': ('zoo.html#save_model', 'lorasuite/zoo.py'),
                                'lorasuite.zoo.task': ('zoo.html#task', 'lorasuite/zoo.py'),
-                               'lorasuite.zoo.village': ('zoo.html#village', 'lorasuite/zoo.py')}}}
+                               'lorasuite.zoo.taxonomy': ('zoo.html#taxonomy', 'lorasuite/zoo.py'),
+                               'lorasuite.zoo.village': ('zoo.html#village', 'lorasuite/zoo.py'),
+                               'lorasuite.zoo.word_problems': ('zoo.html#word_problems', 'lorasuite/zoo.py')}}}
