@@ -7,7 +7,7 @@ __all__ = ['app', 'Old', 'New', 'Source', 'Out', 'Data', 'Texts', 'Method', 'Ste
            'bar', 'checkpoints', 'finish', 'lines_of', 'demo', 'inspect', 'align', 'transfer', 'finetune', 'evaluate',
            'upgrade']
 
-# %% ../nbs/19_cli.ipynb #276c45b9
+# %% ../nbs/19_cli.ipynb #1c820277
 import functools, json, sys, traceback, warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,11 +17,11 @@ from .model import load_decoder
 from .adapter import Adapter, check_output, discard
 from .transfer import METHODS, Alignment, align as make_alignment, reasons, transfer as carry
 from .finetune import finetune as tune, load_data, read_utf8
-from .evaluate import evaluate as measure
+from .evaluate import ALOUD, MATCHES, benchmark, check_tasks, evaluate as measure
 from .demo import demo as run_demo
 from .inspection import inspect as look, text_report
 
-# %% ../nbs/19_cli.ipynb #2ae13338
+# %% ../nbs/19_cli.ipynb #768c6ddb
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='Carry a LoRA adapter from an old language model to its successor.')
 
 Old = Annotated[str, typer.Argument(help='model that the adapter was trained on: a directory, a Hub id, or zoo/old')]
@@ -51,7 +51,7 @@ def command(f):
         as_json = kwargs.get('json_', False)
         try:
             with redirect_stdout(sys.stderr if as_json else sys.stdout): result = f(*args, **kwargs)
-        except (ValueError, OSError) as e: fail(str(e), 2)
+        except (ValueError, OSError, ImportError) as e: fail(str(e), 2)
         except KeyboardInterrupt: fail('interrupted', 130)
         except Exception as e:
             traceback.print_exc()
@@ -76,7 +76,7 @@ def lines_of(path:Path|None) -> list[str]|None:
     "Lines of a text file"
     return path and [l for l in read_utf8(path).splitlines() if l.strip()]
 
-# %% ../nbs/19_cli.ipynb #2218785d
+# %% ../nbs/19_cli.ipynb #c37782c5
 @command
 def demo(
     out:Out=Path('lorasuite-demo'),
@@ -123,11 +123,20 @@ def finetune(
     return dict(out=str(out), adapter=str(tuned), steps=len(losses), loss=losses[-1] if losses else None)
 
 @command
-def evaluate(base:Annotated[str, typer.Argument(help='model to ask')], data:Data, adapter:Annotated[Optional[str], typer.Option(help='adapter to put on')]=None, json_:Json=False):
-    "Count exact answers."
-    rows = load_data(data)
-    score = measure(load_decoder(base), rows, adapter and Adapter.load(adapter), progress=bar())
-    return dict(accuracy=score.accuracy, interval=score.interval, questions=len(rows), seconds=round(score.seconds, 1))
+def evaluate(base:Annotated[str, typer.Argument(help='model to ask')], data:Annotated[Optional[str], typer.Option(help='questions: a JSON or JSON-lines file, or a Hub dataset')]=None,
+             adapter:Annotated[Optional[str], typer.Option(help='adapter to put on')]=None, match:Annotated[str, typer.Option(help='what counts as right: exact; or, of answers at length, the last number or letter')]='exact',
+             tasks:Annotated[Optional[str], typer.Option(help='benchmarks, by the names that lm-eval gives them, with commas between')]=None, json_:Json=False):
+    "Count right answers to questions of one's own, or run benchmarks."
+    if not (data or tasks): raise ValueError('what to evaluate on? give --data FILE, or --tasks NAMES')
+    if match not in MATCHES: raise ValueError(f'--match {match}: choose one of {", ".join(MATCHES)}')
+    names, rows = [t.strip() for t in tasks.split(',')] if tasks else [], load_data(data) if data else []
+    check_tasks(names)
+    decoder, adapter, report = load_decoder(base), adapter and Adapter.load(adapter), {}
+    if rows:
+        score = measure(decoder, rows, adapter, MATCHES[match], progress=bar(), **({} if match == 'exact' else ALOUD))
+        report = dict(accuracy=score.accuracy, interval=score.interval, questions=len(rows), seconds=round(score.seconds, 1))
+    if names: report['benchmarks'] = benchmark(decoder, names, adapter)
+    return report
 
 @command
 def upgrade(old:Old, new:New, adapter:Source, out:Out, data:Annotated[Optional[str], typer.Option(help='labelled examples for a light fine-tuning')]=None,
