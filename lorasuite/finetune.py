@@ -6,9 +6,9 @@
 __all__ = ['FIELDS', 'load_data', 'read_utf8', 'read_json', 'prompt', 'encode', 'Bar', 'claim_checkpoints', 'last_checkpoint',
            'Keeper', 'fit', 'finetune', 'fresh', 'plot_losses']
 
-# %% ../nbs/10_finetune.ipynb #828b4248
+# %% ../nbs/10_finetune.ipynb #9c952a7e
 import hashlib, json, os, shutil, tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
@@ -20,22 +20,24 @@ from transformers.trainer_utils import get_last_checkpoint
 from .model import Decoder
 from .adapter import Adapter, writing
 
-# %% ../nbs/10_finetune.ipynb #07ba7d6c
+# %% ../nbs/10_finetune.ipynb #7c71349c
 FIELDS = ('instruction', 'output')
 
 def load_data(
     source:str|os.PathLike, # a JSON or JSON-lines file, or the Hub id of a dataset
     split:str='train',      # which split of a Hub dataset
-) -> list[dict]: # examples with `instruction`, `input`, `output` and `answer`
+    labelled:bool=True,     # must there be an `output`? If not, it is not read
+) -> list[dict]: # examples with `instruction`, `input` and, if labelled, `output` and `answer`
     "Read examples; `input` may be absent or empty, `answer` is `output` where absent"
     file = Path(source)
     if not file.is_file() and (file.suffix in ('.json', '.jsonl') or file.is_absolute()): raise FileNotFoundError(f'no such data file: {source}')
     rows = read_json(file) if file.is_file() else list(load_dataset(str(source), split=split))
     if not rows: raise ValueError(f'{source} holds no example')
     for i, row in enumerate(rows):
-        missing = [f for f in FIELDS if not isinstance(row.get(f) if isinstance(row, dict) else None, str)]
-        if missing: raise ValueError(f'{source}: example {i+1} has no text under {missing[0]!r}: each needs `instruction` and `output`')
-    return [dict(instruction=r['instruction'], input=r.get('input') or '', output=r['output'], answer=str(r.get('answer') or r['output'])) for r in rows]
+        missing = [f for f in FIELDS[:1+labelled] if not isinstance(row.get(f) if isinstance(row, dict) else None, str)]
+        if missing: raise ValueError(f'{source}: example {i+1} has no text under {missing[0]!r}: each needs {" and ".join(f"`{f}`" for f in FIELDS[:1+labelled])}')
+    ask, say = lambda r: dict(instruction=r['instruction'], input=r.get('input') or ''), lambda r: dict(output=r['output'], answer=str(r.get('answer') or r['output']))
+    return [ask(r) | say(r) if labelled else ask(r) for r in rows]
 
 def read_utf8(
     file:Path, # a text file
@@ -75,7 +77,7 @@ def encode(
     say = tokenizer(f" {example['output']}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     return dict(input_ids=ask + say, labels=[-100]*len(ask) + say)
 
-# %% ../nbs/10_finetune.ipynb #8c8788a5
+# %% ../nbs/10_finetune.ipynb #14f3f8d7
 class Bar(ProgressCallback):
     "A progress bar without a line for every step"
     def on_log(self, args, state, control, **kwargs): pass
@@ -123,11 +125,12 @@ def fit(
     seed:int=0,                         # of the order of the examples
     checkpoints:str|os.PathLike|None=None, # directory for checkpoints: an interrupted run goes on from the last; `ValueError` if they are another run's
     progress:bool=False,                # show a progress bar?
+    loss:Callable|None=None,            # of the model's outputs, the labels and their number; the model's own by default
     **arguments,                        # further `TrainingArguments`; by default a tenth of the steps warms up, then the rate falls linearly
 ) -> list[float]: # loss at every step
     "Train with `transformers.Trainer`"
     micro = micro_batch or batch_size
-    if checkpoints: claim_checkpoints(Path(checkpoints), model, rows, (lr, batch_size, micro, seed, arguments))
+    if checkpoints: claim_checkpoints(Path(checkpoints), model, rows, (lr, batch_size, micro, seed, loss, arguments))
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(output_dir=str(checkpoints or scratch), max_steps=steps, learning_rate=lr, weight_decay=0., max_grad_norm=1.,
             per_device_train_batch_size=micro, gradient_accumulation_steps=max(1, batch_size//micro),
@@ -135,16 +138,16 @@ def fit(
             save_strategy='steps' if checkpoints else 'no', save_steps=max(1, steps//5), save_total_limit=1,
             use_cpu=model.device.type == 'cpu', dataloader_pin_memory=False, disable_tqdm=True, log_level='error',
             **(dict(warmup_steps=steps//10) | arguments))
-        trainer = Keeper(model, args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True))
+        trainer = Keeper(model, args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True), compute_loss_func=loss)
         for unwanted in (PrinterCallback, ProgressCallback): trainer.remove_callback(unwanted)
         if progress: trainer.add_callback(Bar)
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(checkpoints)) if checkpoints else None)
     return [r['loss'] for r in trainer.state.log_history if 'loss' in r]
 
-# %% ../nbs/10_finetune.ipynb #711ccad0
+# %% ../nbs/10_finetune.ipynb #c3ce8d54
 def finetune(
     decoder:Decoder,                # the base model, which stays as it is
-    data:list[dict],                # examples, as `load_data` gives them
+    data:list[dict],                # examples, as `load_data` gives them, or encoded ones
     adapter:Adapter|None=None,      # where to start; a fresh LoRA by default
     steps:int|None=None,            # optimiser steps; three passes over the data by default
     lr:float=1e-4,                  # peak learning rate (paper: 1e-4)
@@ -157,7 +160,7 @@ def finetune(
     torch.manual_seed(seed)
     adapter = adapter or fresh(decoder, rank)
     if not steps: return adapter, []
-    rows = [encode(e, decoder.tokenizer) for e in data]
+    rows = [e if 'input_ids' in e else encode(e, decoder.tokenizer) for e in data]
     with adapter.on(decoder, trainable=True) as model:
         losses = fit(model, rows, decoder.tokenizer, steps, lr, seed=seed, **kwargs)
         tuned = Adapter.from_peft(model)

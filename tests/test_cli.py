@@ -75,6 +75,19 @@ def test_finetune_and_evaluate(work, carried, hundred):
     base, tuned = (report('evaluate', 'zoo/new', '--data', hundred, *a) for a in ([], ['--adapter', work/'tuned']))
     assert tuned['interval'][0] > base['interval'][1]
 
+def test_refresh(work, carried, hundred):
+    rows = [json.loads(l) for l in hundred.read_text().splitlines()]
+    asked = work/'asked.jsonl'
+    asked.write_text(''.join(json.dumps(dict(instruction=r['instruction'])) + '\n' for r in rows))
+    few = work/'few.jsonl'
+    few.write_text(''.join(json.dumps(r) + '\n' for r in rows[:10]))
+    said = report('refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', asked, '--start', carried, '--data', few, '-o', work/'refreshed', '--steps', 3)
+    assert said['steps'] == 3 and said['inputs'] == said['answered'] == 100 and said['labelled'] == 10 and not list(work.glob('.refreshed*'))
+    base, refreshed = (report('evaluate', 'zoo/new', '--data', hundred, *a) for a in ([], ['--adapter', work/'refreshed']))
+    assert refreshed['interval'][0] > base['interval'][1]
+    assert '90 answers of the old specialist and 10 labelled' in (work/'refreshed'/'README.md').read_text()
+    loads(work/'refreshed')
+
 def test_inspect():
     said = report('inspect', 'zoo/old', 'zoo/new', 'zoo/adapter')
     assert said['sizes']['attention'] == ['MHA', 'GQA'] and said['shared_tokens'] == 512 and not said['notes'] and 'deep' not in said
@@ -102,6 +115,11 @@ def test_bad_input(work, carried, alignment, hundred):
                        (['finetune', 'zoo/new', carried, '--data', broken, '-o', out], 'line 1'),
                        (['finetune', 'zoo/old', carried, '--data', hundred, '-o', out], 'another model'),
                        (['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '--data', work/'nowhere.jsonl', '-o', out], 'nowhere'),
+                       (['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', work/'nowhere.jsonl', '-o', out], 'nowhere'),
+                       (['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', broken, '-o', out], 'line 1'),
+                       (['refresh', 'zoo/old', carried, 'zoo/new', '--inputs', hundred, '-o', out], 'another model'),
+                       (['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', hundred, '--start', 'zoo/adapter', '-o', out], 'another model'),
+                       (['refresh', 'zoo/old', 'zoo/adapter', work/'nowhere', '--inputs', hundred, '-o', out], 'nowhere'),
                        (['evaluate', 'zoo/new', '--data', ZOO/'held_out.txt'], 'held_out.txt')]:
         result = run(*args)
         assert result.exit_code == 2 and word in result.stderr, (args, result.output)

@@ -20,9 +20,10 @@ def commands(tmp_path_factory):
     (work/'data.jsonl').write_text(''.join((data_dir()/'zoo'/'train.jsonl').read_text().splitlines(keepends=True)[:20]))
     (work/'texts').write_text(''.join((data_dir()/'zoo'/'held_out.txt').read_text().splitlines(keepends=True)[:30]))
     return dict(align=['align', 'zoo/old', 'zoo/new', '--texts', str(work/'texts')], transfer=['transfer', 'zoo/adapter', str(work/'alignment')], upgrade=['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter'],
-                finetune=['finetune', 'zoo/new', str(work/'carried'), '--data', str(work/'data.jsonl'), '--steps', '5'])
+                finetune=['finetune', 'zoo/new', str(work/'carried'), '--data', str(work/'data.jsonl'), '--steps', '5'],
+                refresh=['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', str(work/'data.jsonl'), '--start', str(work/'carried'), '--steps', '5'])
 
-COMMANDS = ('align', 'transfer', 'finetune', 'upgrade')
+COMMANDS = ('align', 'transfer', 'finetune', 'refresh', 'upgrade')
 
 def run(command, out): return CliRunner().invoke(app, [*command, '-o', str(out)])
 
@@ -54,7 +55,7 @@ def test_refused_before_any_work(commands, tmp_path, monkeypatch, command, make,
     assert result.exit_code == 2 and sorted(tmp_path.rglob('*')) == before
     assert len(result.stderr.splitlines()) == 1 and f'{out} ' in result.stderr and message in result.stderr
 
-@pytest.mark.parametrize('command, beyond', [('align', 100_000), ('transfer', 100_000), ('upgrade', 100_000), ('finetune', 1_000_000)])
+@pytest.mark.parametrize('command, beyond', [('align', 100_000), ('transfer', 100_000), ('upgrade', 100_000), ('finetune', 1_000_000), ('refresh', 20_000), ('refresh', 1_000_000)])
 def test_the_disk_fills_up(commands, tmp_path, command, beyond):
     with disk_full(beyond): result = run(commands[command], tmp_path/'out')
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
@@ -111,7 +112,7 @@ def same(a, b):
         assert x.keys() == y.keys() and all(error(x[k].double(), y[k].double()) < 1e-5 or x[k].equal(y[k]) for k in x)
     return True
 
-@pytest.mark.parametrize('name, moments', [('align', (.6, -4, -2, -1)), ('transfer', (.6, *range(-10, 0))), ('finetune', (.6, 13, 45, -8, -3, -1))])
+@pytest.mark.parametrize('name, moments', [('align', (.6, -4, -2, -1)), ('transfer', (.6, *range(-10, 0))), ('finetune', (.6, 13, 45, -8, -3, -1)), ('refresh', (.6, 5, 12, 30, -8, -1))])
 def test_killed_and_started_again(commands, processes, tmp_path, name, moments):
     (tmp_path/'whole').mkdir(); (tmp_path/'killed').mkdir()
     complete, out = tmp_path/'whole'/'out', tmp_path/'killed'/'out'
