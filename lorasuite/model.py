@@ -165,10 +165,12 @@ def resolve(
                                 + ', '.join(f'`zoo/{p.name}`' for p in sorted((data_dir()/'zoo').glob('*')) if p.is_dir()))
     return str(name)
 
-# %% ../nbs/02_model.ipynb #a64d45bd
+# %% ../nbs/02_model.ipynb #17a8ad60
 def pick_device() -> torch.device: # cuda, mps or cpu
-    "The best device that this machine has"
-    if torch.cuda.is_available(): return torch.device('cuda')
+    "The best device that this machine has; of several GPUs the one that `accelerate launch` gave to this process"
+    if torch.cuda.is_available():
+        if 'LOCAL_RANK' in os.environ: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        return torch.device('cuda', torch.cuda.current_device())
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
 def pick_dtype(

@@ -1,10 +1,12 @@
-"""Carry an adapter to a quantised copy of its base and back; a program of its own, because bitsandbytes changes what other libraries do when they find it"""
+"""Carry an adapter to a quantised copy of its base and back, and train one on it; a program of its own, because bitsandbytes changes what other libraries do when they find it"""
 import os, sys, tempfile
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
 from pathlib import Path
+import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from models import error, random_adapter, random_decoder, whole
-from lorasuite.finetune import fresh
+from peft import LoraConfig, get_peft_model
+from lorasuite.finetune import encode, fit, fresh
 from lorasuite.model import load_decoder
 from lorasuite.transfer import align, transfer
 from lorasuite.zoo import new_tokenizer
@@ -15,8 +17,18 @@ with tempfile.TemporaryDirectory() as d:
     plain.model.save_pretrained(f'{d}/plain'), tokenizer.save_pretrained(f'{d}/small')
     AutoModelForCausalLM.from_pretrained(f'{d}/plain', quantization_config=BitsAndBytesConfig(**{bits: True}), device_map='cpu').save_pretrained(f'{d}/small')
     small = load_decoder(Path(d)/'small')
+    quantised = AutoModelForCausalLM.from_pretrained(f'{d}/small') # `load_decoder` gives it back in full on a CPU
 adapter, there, back = random_adapter(fresh(plain, 4)), align(plain, small), align(small, plain)
 for maps in there.blocks: assert maps['heads'].tolist() == list(range(4)) and maps['neurons'].tolist() == list(range(128))
 off = error(whole(transfer(adapter, there)), whole(adapter)), error(whole(transfer(transfer(adapter, there), back)), whole(adapter))
 assert 0 < off[0] <= float(bound) and off[1] <= float(bound), off
 print('carried', off)
+
+rows = [encode(dict(instruction=f'Where does {n} live?', output=v), tokenizer) for n, v in (('Ann', 'Arden'), ('Bob', 'Birch'), ('Cid', 'Colm'), ('Dan', 'Dover'))]
+base = {n: p.clone() for n, p in quantised.named_parameters()}
+model = get_peft_model(quantised, LoraConfig(r=4, lora_alpha=4, task_type='CAUSAL_LM'))
+runs = [fit(model, rows, tokenizer, 15, 1e-2, batch_size=4, **more) for more in ({}, dict(gradient_checkpointing=True))]
+assert all(run[-1] < run[0] - .5 for run in runs), runs
+assert {p.dtype for p in quantised.parameters() if p.requires_grad} == {torch.float32} and len({p.dtype for p in base.values()}) > 1
+assert all(p.equal(base[n.replace('.base_layer', '')]) for n, p in model.get_base_model().named_parameters() if 'lora' not in n)
+print('trained', runs[0][0], runs[1][-1])

@@ -11,4 +11,4 @@ def test_quantised_bases(bits, bound):
     here = Path(__file__).parent
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(BITSANDBYTES), str(here)]), OMP_NUM_THREADS='1')
     run = subprocess.run([sys.executable, here/'quantised.py', bits, str(bound)], env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and 'carried' in run.stdout, run.stderr[-3000:]
+    assert run.returncode == 0 and 'carried' in run.stdout and 'trained' in run.stdout, run.stderr[-3000:]
