@@ -1,4 +1,4 @@
-.PHONY: demo test docs notebooks readme zoo real clean
+.PHONY: demo test docs notebooks readme zoo experiments real clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -39,6 +39,9 @@ readme: .venv/dev
 
 zoo: .venv/library
 	$(BIN)/python -m lorasuite.zoo && $(BIN)/python -m lorasuite.demo
+
+experiments: .venv/library
+	$(BIN)/python -m lorasuite.lab
 
 real: .venv/real
 	$(BIN)/python benchmarks/real.py

@@ -59,13 +59,14 @@ def recording(
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/06_cka.ipynb #a72a6ac2
+# %% ../nbs/06_cka.ipynb #8a95a437
 def read_texts(
     decoder:Decoder,    # whose tokenizer
-    texts:list[str],    # to be cut into tokens, at most 128 each
+    texts:list[str],    # to be cut into tokens
+    longest:int=128,    # at most so many each
 ) -> tuple[Tensor, list[list[tuple[int, int]]]]: # token ids (texts, longest), character spans of each text's tokens
     "Token ids, and the characters that each token covers"
-    cut = decoder.tokenizer(texts, truncation=True, max_length=128, return_offsets_mapping=True)
+    cut = decoder.tokenizer(texts, truncation=True, max_length=longest, return_offsets_mapping=True)
     ids = [torch.tensor(t, dtype=torch.long) for t in cut.input_ids]
     return pad_sequence(ids, batch_first=True).to(decoder.device), cut.offset_mapping
 

@@ -69,6 +69,17 @@ def test_upgrade_is_align_and_transfer(work, carried):
     assert a.keys() == b.keys() and all((a[k] - b[k]).norm() <= 1e-3*b[k].norm() for k in a)
     loads(carried)
 
+def test_questions_refit_what_is_carried(work, alignment, carried):
+    asked = work/'asked.jsonl'
+    asked.write_text(''.join(json.dumps(dict(instruction=json.loads(l)['instruction'])) + '\n' for l in (ZOO/'validation.jsonl').read_text().splitlines()[:90]))
+    report('transfer', 'zoo/adapter', alignment, '-o', work/'refitted', '--inputs', asked)
+    report('upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '-o', work/'upgraded-refitted', '--inputs', asked)
+    plain, again, at_once = (load_file(p/'adapter_model.safetensors') for p in (carried, work/'refitted', work/'upgraded-refitted'))
+    update = lambda w, k: w[k.replace('lora_A', 'lora_B')]@w[k]
+    moved = [((update(again, k) - update(plain, k)).norm()/update(plain, k).norm()).item() for k in plain if 'lora_A' in k and update(plain, k).any()]
+    assert all(1e-3 < x < 1 for x in moved) and 'refitted on 30 texts' in (work/'refitted'/'README.md').read_text() # chosen by agreement
+    assert all((again[k] - at_once[k]).norm() <= 1e-2*again[k].norm() for k in again)
+
 def test_finetune_and_evaluate(work, carried, hundred):
     said = report('finetune', 'zoo/new', carried, '--data', hundred, '-o', work/'tuned', '--steps', 3)
     assert said['steps'] == 3 and not list(work.glob('.tuned*'))
@@ -108,6 +119,7 @@ def test_bad_input(work, carried, alignment, hundred):
                        (['inspect', work/'nowhere', 'zoo/old'], 'nowhere'),
                        (['transfer', 'zoo/adapter', work/'nowhere', '-o', out], 'lorasuite align'),
                        (['transfer', carried, alignment, '-o', out], 'another model'),
+                       (['transfer', 'zoo/adapter', alignment, '-o', out, '--inputs', work/'nowhere.jsonl'], 'nowhere.jsonl'),
                        (['transfer', work/'nowhere', alignment, '-o', out], 'nowhere'),
                        (['align', work/'nowhere', 'zoo/new', '-o', out], 'nowhere'),
                        (['align', 'zoo/old', 'zoo/new', '--method', 'magic', '-o', out], 'magic'),

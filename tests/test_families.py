@@ -11,6 +11,7 @@ from lorasuite.model import Decoder
 from lorasuite.oracle import grow
 from lorasuite.inspection import outlook
 from lorasuite.transfer import align, reasons, transfer
+from lorasuite.refit import refit
 from lorasuite.zoo import new_tokenizer
 
 FAMILIES = dict(llama={}, mistral={}, qwen2={}, qwen3={}, gemma2={}, gemma3_text={}, phi3={}, olmo2={}, gpt_neox={}, sequential_neox=dict(family='gpt_neox', use_parallel_residual=False),
@@ -37,7 +38,7 @@ def test_identity(name, model, trained):
     for maps in a.blocks: assert maps['heads'].tolist() == list(range(d.heads)) and maps['neurons'].tolist() == list(range(d.intermediate))
     carried = transfer(adapter, a)
     assert {p: len(A) for p, (A, _) in carried.updates.items()} == {p: len(A) for p, (A, _) in adapter.updates.items()}
-    assert effect_error(d, adapter, d, carried) <= 1e-4
+    assert effect_error(d, adapter, d, carried) <= 1e-4 and effect_error(d, adapter, d, refit(adapter, a, d, d, FEW)) <= 1e-4
     for role in d.roles: assert effect_error(d, only(adapter, d, role), d, transfer(only(adapter, d, role), a)) <= 1e-4, role
 
 @pytest.mark.parametrize('old, new', PAIRS)
@@ -71,7 +72,7 @@ def test_oracle(name, model, trained, grown):
     assert there.layers == list(enumerate(truth.layers))
     for maps, heads, neurons in zip(there.blocks, truth.heads, truth.neurons):
         assert maps['heads'][heads].tolist() == list(range(d.heads)) and maps['neurons'][neurons].tolist() == list(range(d.intermediate))
-    assert effect_error(d, adapter, new, transfer(adapter, there)) <= 1e-3
+    assert effect_error(d, adapter, new, transfer(adapter, there)) <= 1e-3 and effect_error(d, adapter, new, refit(adapter, there, d, new, FEW)) <= 1e-3
     for role in d.roles: assert effect_error(d, only(adapter, d, role), new, transfer(only(adapter, d, role), there)) <= 1e-3, role
 
 @pytest.mark.parametrize('name', FAMILIES)

@@ -4,11 +4,14 @@ from functools import cache
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from models import error, whole
+from test_finetune import launch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 from lorasuite.adapter import Adapter
+from lorasuite.cli import app
 from lorasuite.evaluate import evaluate
-from lorasuite.finetune import encode, fresh, load_data
+from lorasuite.finetune import encode, finetune, fresh, load_data
 from lorasuite.model import data_dir, load_decoder
 from lorasuite.refresh import Targets, continuations, explain, homework, lessons, place, pseudo_label, refresh, sayings, starts
 from lorasuite.transfer_matrix import bytes_of, token_bytes
@@ -206,6 +209,17 @@ def test_micro_batches_add_up(decoder, adapter):
     bits, _ = refresh(decoder, taught, adapter, steps=3, lr=1e-3, batch_size=8, micro_batch=2)
     assert error(whole(bits), whole(once)) < .05*error(whole(once), whole(adapter))
 
+def test_validation_is_measured_on_true_answers(decoder, adapter):
+    taught = [e | n for e, n in zip(ROWS, explain(decoder.model, decoder.tokenizer, ROWS))]
+    _, run = refresh(decoder, taught[:4], adapter, validation=ROWS[4:], steps=2, lr=1e-4, batch_size=4)
+    _, plain = finetune(decoder, ROWS[:4], adapter, validation=ROWS[4:], steps=2, lr=1e-4, batch_size=4)
+    assert run.validation[0] == pytest.approx(plain.validation[0], rel=1e-4)
+
+def test_packed_lessons_teach_the_same(decoder, adapter):
+    taught = [e | n for e, n in zip(ROWS, explain(decoder.model, decoder.tokenizer, ROWS))]
+    padded, packed = (refresh(decoder, taught, adapter, steps=3, lr=1e-3, batch_size=8, pack=pack) for pack in (False, True))
+    assert error(whole(packed[0]), whole(padded[0])) < 1e-3 and packed[1] == pytest.approx(padded[1], rel=1e-4)
+
 def test_refused(decoder, taught):
     with pytest.raises(ValueError, match='nothing to learn from'): refresh(decoder, [])
     with pytest.raises(ValueError, match='soft=2 is not a share'): refresh(decoder, taught, soft=2)
@@ -220,3 +234,14 @@ def test_inputs_need_no_label(tmp_path):
     assert load_data(file, labelled=False) == [dict(instruction='Where?', input=''), dict(instruction='Who', input='is it?')]
     file.write_text('{"output": "Kirk"}')
     with pytest.raises(ValueError, match="no text under 'instruction': each needs `instruction`$"): load_data(file, labelled=False)
+
+def test_of_two_processes_one_asks_the_teacher(tmp_path):
+    (tmp_path/'asked.jsonl').write_text(''.join((data_dir()/'zoo'/'train.jsonl').read_text().splitlines(keepends=True)[:32]))
+    command = lambda out: ['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', str(tmp_path/'asked.jsonl'), '-o', str(tmp_path/out), '--steps', '4', '--lr', '1e-3', '--json']
+    two = launch(command('two'))
+    one = CliRunner().invoke(app, command('one'))
+    out, err = two.communicate(timeout=240)
+    assert two.returncode == 0 and one.exit_code == 0, err[-3000:]
+    said = [json.loads(x) for x in (out, one.stdout)]
+    assert said[0]['answered'] == said[1]['answered'] == 32 and said[0]['loss'] == pytest.approx(said[1]['loss'], rel=1e-2)
+    assert {p.name for p in tmp_path.iterdir()} == {'asked.jsonl', 'one', 'two'}
