@@ -195,8 +195,8 @@ def run(
     return dict(hop=cell.hop, task=cell.task, way=name, split=split, steps=steps, lr=lr, seed=seed, accuracy=score.accuracy, before=round(cell.before(way), 2),
                 seconds=round(learned.seconds, 2), trained=learned.trained, peak=learned.peak_bytes, losses=[round(x, 3) for x in curve])
 
-# %% ../nbs/16_lab.ipynb #736e9f13
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+# %% ../nbs/16_lab.ipynb #5f4a2eb0
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 STEPS = dict(few=160, many=400) # of ways with at most a hundred examples, of all others
 SEEDS = range(5)
 DRAW = 100 # seeds of validation runs begin here
@@ -206,8 +206,8 @@ def grid(
     way:Way, # that is trained
 ) -> list[tuple[int, float]]: # steps, learning rate
     "The settings to try"
-    if way.few: return [(0, 0.)]*bool(way.start) + [(STEPS['few'], lr) for lr in RATES]
-    return [(STEPS['many'], lr) for lr in (RATES[1:4] if way.start else RATES[2:])]
+    if way.few: return [(0, 0.)] + [(STEPS['few'], lr) for lr in RATES[:-1]] if way.start else [(STEPS['few'], lr) for lr in RATES[1:]]
+    return [(STEPS['many'], lr) for lr in (RATES[1:4] if way.start else RATES[2:5])]
 
 def best_setting(
     rows:list[dict],    # runs of one cell

@@ -52,7 +52,7 @@ def test_an_interrupted_cell_goes_on(monkeypatch, tmp_path):
     made, few = [], {n: lab.WAYS[n] for n in ('base', 'carried', 'lora-100')}
     monkeypatch.setattr(lab, 'WAYS', few)
     monkeypatch.setattr(lab, 'STEPS', dict(few=1, many=1))
-    monkeypatch.setattr(lab, 'RATES', (1e-3,))
+    monkeypatch.setattr(lab, 'RATES', (1e-4, 1e-3))
     monkeypatch.setattr(lab, 'SEEDS', range(1))
     really = lab.run
     def run(*args):
