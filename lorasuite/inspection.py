@@ -21,14 +21,14 @@ from .adapter import Adapter
 from .transfer_matrix import shared_tokens
 from .transfer import align, lost_ends, reasons, sort_updates, structure, warn_of_limits
 
-# %% ../nbs/18_inspection.ipynb #33d218bf
+# %% ../nbs/18_inspection.ipynb #f8b1dcd8
 def sketch(
     name:str|os.PathLike, # a directory, `zoo/…`, or a Hub id
 ) -> Decoder: # with weights on the device `meta`
     "A model without weights, from its configuration and tokenizer; raises `ValueError` or `OSError` as `load_decoder` does"
     source = resolve(name)
     with reading(name):
-        config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        config, tokenizer = (auto.from_pretrained(source, trust_remote_code=False) for auto in (AutoConfig, AutoTokenizer))
         with init_empty_weights(include_buffers=False): model = AutoModelForCausalLM.from_config(config).eval()
     return Decoder(model, tokenizer, name)
 

@@ -226,7 +226,7 @@ def check_tokenizer(
     last = max((i for i in tokenizer.get_vocab().values() if i not in added), default=0)
     if last >= rows: raise ValueError(f"{name}: its tokenizer has ids up to {last}, its embedding table {rows} rows: is the tokenizer another model's?")
 
-# %% ../nbs/02_model.ipynb #d60ee018
+# %% ../nbs/02_model.ipynb #e9ea1ae9
 @contextmanager
 def reading(
     name:str|os.PathLike, # of a model, for messages
@@ -249,8 +249,8 @@ def load_decoder(
     source = resolve(name)
     if Path(source).is_dir(): check_files(Path(source))
     with reading(name):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype='auto' if lazy else dtype or pick_dtype(device), output_loading_info=True, ignore_mismatched_sizes=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, dtype='auto' if lazy else dtype or pick_dtype(device), output_loading_info=True, ignore_mismatched_sizes=True)
     check_loaded(name, model, report)
     check_tokenizer(name, tokenizer, len(model.get_input_embeddings().weight))
     if getattr(model, 'is_quantized', False): return Decoder(model.eval(), tokenizer, name)

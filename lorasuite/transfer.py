@@ -184,7 +184,7 @@ def describe(
     "What an alignment keeps of a model besides tensors"
     return structure(decoder) | dict(revision=getattr(decoder.model.config, '_commit_hash', None), sha256=weight_hashes(decoder.name))
 
-# %% ../nbs/09_transfer.ipynb #dda1572c
+# %% ../nbs/09_transfer.ipynb #40a8e10f
 METHODS = ('exact', 'paper')
 
 def embedding_scale(
@@ -219,7 +219,8 @@ def warn_of_limits(
     "Warn where no map can be exact"
     if shared < old.hidden: warnings.warn(f'{old.name} and {new.name} share {shared} tokens, fewer than the hidden size {old.hidden}: the maps are not fully determined')
     if old.norm_kind != new.norm_kind: warnings.warn(f'{old.name} and {new.name} normalise what they read in different ways ({old.norm_kind} and {new.norm_kind}): no linear map can be exact')
-    if old.head_size != new.head_size: warnings.warn(f'head sizes differ ({old.head_size} and {new.head_size}): rotary frequencies differ too, so q and k cannot be carried exactly')
+    rotary = any('rotary' in name for d in (old, new) for name, _ in d.model.named_modules())
+    if rotary and old.head_size != new.head_size: warnings.warn(f'head sizes differ ({old.head_size} and {new.head_size}): rotary frequencies differ too, so q and k cannot be carried exactly')
 
 def align(
     old:str|os.PathLike|Decoder,    # the model that adapters were trained on

@@ -10,7 +10,7 @@ from lorasuite.finetune import fresh
 from lorasuite.model import Decoder
 from lorasuite.oracle import grow
 from lorasuite.inspection import outlook
-from lorasuite.transfer import align, reasons, transfer
+from lorasuite.transfer import align, reasons, transfer, warn_of_limits
 from lorasuite.refit import refit
 from lorasuite.zoo import new_tokenizer
 
@@ -131,3 +131,11 @@ def test_inspect_foretells_what_is_skipped(old, new, model, trained):
 def test_a_model_in_training_is_read_alike_and_left_in_training(tokenizer):
     model = random_decoder(tokenizer, 'gpt2', layers=2).model.train()
     assert Decoder(model, tokenizer).wiring.runs() == random_decoder(tokenizer, 'gpt2', layers=2).wiring.runs() and model.training
+
+@pytest.mark.parametrize('family, turns', [('llama', True), ('gpt_neox', True), ('bloom', False), ('gpt2', False)])
+def test_head_sizes_matter_where_heads_are_rotated(family, turns, tokenizer):
+    a, b = (random_decoder(tokenizer, family=family, layers=1, heads=n, kv_heads=n) for n in (4, 2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        warn_of_limits(a, b, a.vocab)
+    assert any('rotary' in str(w.message) for w in caught) == turns
