@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['FEW', 'RANK', 'GRID', 'RUN', 'GRID_ALL', 'ARMS', 'Arm', 'questions', 'few', 'runs', 'best_setting', 'tune', 'sweep',
-           'carry', 'record_runs', 'arms', 'size', 'gain_share', 'table', 'plot_arms', 'save_plots', 'demo']
+           'carry', 'record_runs', 'arms', 'gain_share', 'table', 'plot_arms', 'save_plots', 'demo']
 
-# %% ../nbs/17_demo.ipynb #85a75c23
+# %% ../nbs/17_demo.ipynb #436884c6
 import json, os, random, statistics, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.axes import Axes
 from tqdm.auto import tqdm
 from .model import Decoder, data_dir, load_decoder
@@ -137,7 +136,7 @@ def record_runs(
             for row in tqdm(sweep(hop, kept), hop, total=4*len(GRID) + len(GRID_ALL) + 3):
                 if row not in kept: print(json.dumps(row), file=f, flush=True)
 
-# %% ../nbs/17_demo.ipynb #745fc910
+# %% ../nbs/17_demo.ipynb #e96e9d3c
 ARMS = ('base', 'old+adapter', 'lora-100', 'paper', 'paper-rescaled', 'random', 'carried', 'carried+100', 'lora-all')
 
 def arms(
@@ -162,7 +161,7 @@ def arms(
         steps, lr = best_setting(hop, name)
         results = [tune(new, start, few(s), 'test', steps, lr, s) for s in seeds]
         done[name] = Arm(name, [r[1].accuracy for r in results], before + statistics.mean(r[3] for r in results), FEW,
-                         size(results[0][0]) if steps else 0, f'{steps} steps at {lr:g}', [r[2] for r in results])
+                         results[0][2].trained, f'{steps} steps at {lr:g}', [r[2] for r in results])
         say(f'  {name:15} {done[name].accuracy:6.1%} ± {done[name].spread:.1%} over {len(seeds)} draws of {FEW} examples')
         return results[0][0]
     say(f'{len(test)} questions on people that the adapter never saw')
@@ -177,14 +176,10 @@ def arms(
     best = tuned('carried+100', carried, done['carried'].seconds)
     tuned('lora-100', None)
     kept = [r for r in runs() if (r['hop'], r['arm'], r['split']) == (hop, 'lora-all', 'test')]
-    done['lora-all'] = Arm('lora-all', [r['accuracy'] for r in kept], statistics.mean(r['seconds'] for r in kept), len(questions('train')), size(best),
+    done['lora-all'] = Arm('lora-all', [r['accuracy'] for r in kept], statistics.mean(r['seconds'] for r in kept), len(questions('train')), done['lora-100'].trainable_parameters,
                            f"precomputed: {kept[0]['steps']} steps at {kept[0]['lr']:g}")
     say(f'  {"lora-all":15} {done["lora-all"].accuracy:6.1%} ± {done["lora-all"].spread:.1%}, precomputed by `make zoo`')
     return [done[name] for name in ARMS], ours, found['paper'], best
-
-def size(adapter:Adapter) -> int:
-    "How many numbers an adapter has"
-    return sum(A.numel() + B.numel() for A, B in adapter.updates.values())
 
 def gain_share(
     done:list[Arm], # of one hop

@@ -156,10 +156,11 @@ class Run(list):
         super().__init__(losses)
         self.seconds, self.peak_bytes, self.trained, self.validation = seconds, peak_bytes, trained, validation or {}
 
-# %% ../nbs/10_finetune.ipynb #050c568e
+# %% ../nbs/10_finetune.ipynb #c8854073
 class Bar(ProgressCallback):
     "A progress bar without a line for every step"
-    def on_log(self, args, state, control, **kwargs): pass
+    def on_log(self, args, state, control, **kwargs):
+        "Print nothing"
 
 def claim_checkpoints(
     path:Path,                  # directory for checkpoints
@@ -191,9 +192,12 @@ def last_checkpoint(
 class Keeper(Trainer):
     "A `Trainer` that cuts one stream of examples into equal steps, and names the directory when a checkpoint cannot be written"
     def _get_train_sampler(self, *args):
+        "Passes laid end to end, as many as the steps need"
         a = self.args
         return RandomSampler(self.train_dataset, num_samples=a.max_steps*a.train_batch_size*a.gradient_accumulation_steps*a.world_size)
-    def floating_point_ops(self, inputs): return 0 # nobody asks, and counting takes time
+    def floating_point_ops(self, inputs) -> int:
+        "Nobody asks, and counting takes time"
+        return 0
     def _save_checkpoint(self, *args, **kwargs):
         with writing(self.args.output_dir): super()._save_checkpoint(*args, **kwargs)
 

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['sketch', 'stored', 'inspect', 'limits', 'outlook', 'depths', 'forecast', 'text_report']
 
-# %% ../nbs/18_inspection.ipynb #13eae503
+# %% ../nbs/18_inspection.ipynb #77495f31
 import math, os, warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-import torch
 from accelerate import init_empty_weights
 from huggingface_hub import get_safetensors_metadata
 from safetensors import safe_open
@@ -19,6 +18,7 @@ from .wiring import ROLES
 from .model import Decoder, reading, resolve
 from .adapter import Adapter
 from .transfer_matrix import shared_tokens
+from .layer_mapping import of_pairs
 from .transfer import align, lost_ends, reasons, sort_updates, structure, warn_of_limits
 
 # %% ../nbs/18_inspection.ipynb #f8b1dcd8
@@ -46,7 +46,7 @@ def stored(
     if not found: raise FileNotFoundError(f'{name} has no weights in safetensors: save the model again')
     return dict(found)
 
-# %% ../nbs/18_inspection.ipynb #467bf96e
+# %% ../nbs/18_inspection.ipynb #60fce890
 def inspect(
     old:str|os.PathLike,                # the model that adapters were trained on
     new:str|os.PathLike,                # the model that they shall be carried to
@@ -96,9 +96,7 @@ def depths(
 ) -> dict: # fit of the transfer matrix, pairs of layers, mean CKA of the chosen pairs and of all others, forecast
     "What only the weights tell: how near the two models are"
     alignment = align(old, new)
-    chosen = torch.zeros_like(alignment.cka, dtype=torch.bool)
-    for pair in alignment.layers: chosen[pair] = True
-    near = dict(fit=alignment.fit, layers=alignment.layers, cka_chosen=alignment.cka[chosen].mean().item(), cka_others=alignment.cka[~chosen].mean().item())
+    near = dict(fit=alignment.fit, layers=alignment.layers) | dict(zip(('cka_chosen', 'cka_others'), of_pairs(alignment.cka, alignment.layers)))
     return near | dict(forecast=forecast(near))
 
 def forecast(

@@ -7,7 +7,7 @@ __all__ = ['HOPS', 'RANK', 'STARTS', 'ALIGNED', 'WAYS', 'RATES', 'STEPS', 'SEEDS
            'CURVE', 'COUNTS', 'RESULTS', 'COMMAND', 'PACKAGES', 'grown', 'base', 'specialist', 'drift', 'Way', 'Cell',
            'learn', 'run', 'grid', 'best_setting', 'plan', 'signs', 'work', 'collect', 'prepare', 'experiments']
 
-# %% ../nbs/16_lab.ipynb #994bc5c1
+# %% ../nbs/16_lab.ipynb #7dc0c0c7
 import json, os, random, statistics, time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,30 +17,28 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 from .wiring import ROLES
 from .model import Decoder, data_dir, load_decoder
 from .adapter import Adapter, writing
-from .oracle import extend_tokenizer, grow
+from .layer_mapping import of_pairs
 from .transfer import Alignment, align, transfer
 from .finetune import Run, finetune, read_json
 from .evaluate import evaluate
 from .baselines import cross_lora, direct_copy, published, published_rescaled, random_like
 from .refit import agreement, best_refit
 from .refresh import lessons, refresh
-from .zoo import GROWN, NEW_WORDS, TASKS, made, pretrain
+from .zoo import TASKS, made, pretrain, successor
 
-# %% ../nbs/16_lab.ipynb #f74484a3
+# %% ../nbs/16_lab.ipynb #1df00ed7
 HOPS = dict(far=('zoo/old', 'zoo/new-far'), stranger=('zoo/old', 'zoo/stranger'), new=('zoo/old', 'zoo/new'), back=('zoo/new', 'zoo/old'), far_back=('zoo/new-far', 'zoo/old'),
             itself=('zoo/old', 'zoo/old'), enlarged=('zoo/old', 'descended-0'), short=('zoo/old', 'descended-40'), medium=('zoo/old', 'descended-150'))
 
 def grown(
-) -> tuple[Decoder, object]: # the enlargement of `zoo/old` that its successors began as, and what was done to it
-    "The successors of `zoo/old` before any training"
-    old = load_decoder('zoo/old', dtype=torch.float32)
-    longer, pieces = extend_tokenizer(old.tokenizer, NEW_WORDS, seed=3)
-    model, truth = grow(old, **GROWN, pieces=pieces, seed=9)
-    return Decoder(model, longer), truth
+) -> Decoder: # in float32
+    "What the successors of `zoo/old` began as"
+    return successor(load_decoder('zoo/old', dtype=torch.float32))[0]
 
 def base(
     name:str,   # a model of the zoo, or `descended-` and the number of steps that it was trained on for
@@ -49,7 +47,7 @@ def base(
     "A model of a hop; made if it is not there yet"
     if name.startswith('zoo/'): return load_decoder(name, dtype=torch.float32)
     steps = int(name.removeprefix('descended-'))
-    return made(place/name, lambda: pretrain(grown()[0], steps, 1e-3, seed=5, news=.5) if steps else grown()[0])
+    return made(place/name, lambda: pretrain(grown(), steps, 1e-3, seed=5, news=.5) if steps else grown())
 
 def specialist(
     name:str,   # of a base model
@@ -72,7 +70,7 @@ def drift(
     names = {*HOPS[hop]} - {'zoo/old'}
     if not names: return 0.
     if 'zoo/stranger' in names: return None
-    begin, descended = grown()[0], base(names.pop(), place)
+    begin, descended = grown(), base(names.pop(), place)
     pairs = [(begin.module(l, r).weight, descended.module(l, r).weight.float()) for l in range(begin.layers) for r in ROLES]
     return (sum((b - a).pow(2).sum() for a, b in pairs)/sum(a.pow(2).sum() for a, _ in pairs)).sqrt().item()
 
@@ -110,7 +108,7 @@ WAYS = {'base': Way()} | {s: Way(s) for s in STARTS} | {
     'refresh': Way(lessons=True), 'refitted+refresh': Way('refitted', lessons=True), 'union': Way('refitted', 100, True),
     'lora-all': Way(labels=None), 'refitted+all': Way('refitted', None)}
 
-# %% ../nbs/16_lab.ipynb #a00cf1d1
+# %% ../nbs/16_lab.ipynb #32eb7f60
 @dataclass
 class Cell:
     "A hop with a task: what all of its runs share"
@@ -125,15 +123,30 @@ class Cell:
         rows = TASKS[self.task]()
         return dict(inputs=rows['train']) | rows
     @cached_property
-    def old(self) -> Decoder: return base(HOPS[self.hop][0], self.place)
+    def old(self) -> Decoder:
+        "The model that the adapter was trained on"
+        return base(HOPS[self.hop][0], self.place)
     @cached_property
-    def new(self) -> Decoder: return base(HOPS[self.hop][1], self.place)
+    def new(self) -> Decoder:
+        "The model that it shall be carried to"
+        return base(HOPS[self.hop][1], self.place)
     @cached_property
-    def source(self) -> Adapter: return specialist(HOPS[self.hop][0], self.task, self.place)
+    def source(self) -> Adapter:
+        "The adapter"
+        return specialist(HOPS[self.hop][0], self.task, self.place)
+    @property
+    def copies(self) -> bool:
+        "Has any update a place of its shape in the new model?"
+        try: return bool(self.start('copy'))
+        except ValueError: return False
     @cached_property
-    def alignment(self) -> Alignment: return self.timed('alignment', lambda: align(self.old, self.new))
+    def alignment(self) -> Alignment:
+        "Our maps"
+        return self.timed('alignment', lambda: align(self.old, self.new))
     @cached_property
-    def lessons(self): return self.timed('lessons', lambda: lessons(self.old, self.data['inputs'], self.source))
+    def lessons(self) -> Dataset:
+        "What the old specialist has to teach"
+        return self.timed('lessons', lambda: lessons(self.old, self.data['inputs'], self.source))
     def timed(self,
         name:str,       # of a step
         make:Callable,  # makes it
@@ -219,7 +232,7 @@ def best_setting(
         if (r['way'], r['split']) == (name, 'validation'): scores.setdefault((r['steps'], r['lr']), []).append(r['accuracy'])
     return max(sorted(scores), key=lambda s: statistics.mean(scores[s]))
 
-# %% ../nbs/16_lab.ipynb #5873b11a
+# %% ../nbs/16_lab.ipynb #cc4e0bd1
 CELLS = [(hop, task) for hop in HOPS for task in ('labels', 'sums')]
 TRAINED = ('far', 'stranger', 'new')        # hops on which every way is gone
 TUNED = (*TRAINED, 'back', 'enlarged')      # hops on which the ways with few labels are gone, and `lora-all`; the others are for the decay curve
@@ -234,8 +247,7 @@ def plan(
     "All runs of a cell, in order"
     for name, way in WAYS.items():
         if not way.trained:
-            try: cell.start(way.start)
-            except ValueError: continue # no shape fits a direct copy
+            if name == 'copy' and not cell.copies: continue
             for seed in SEEDS if name == 'random' else [0]: do(name, way, 'test', 0, 0., seed)
         elif cell.hop in (TUNED if way.few or name == 'lora-all' else CURVE if name == 'refitted+all' else TRAINED):
             for setting in grid(way): do(name, way, 'validation', *setting, DRAW)
@@ -253,9 +265,8 @@ def signs(
     "What one can know of a hop before anything is trained: the grounds of the advice"
     asked = cell.data['validation']
     old, bare, carried = (evaluate(d, asked, a).answers for d, a in ((cell.old, cell.source), (cell.new, None), (cell.new, cell.start('carried'))))
-    chosen = torch.zeros_like(cell.alignment.cka, dtype=torch.bool)
-    for pair in cell.alignment.layers: chosen[pair] = True
-    return dict(r2=cell.alignment.fit['r2'], cka_chosen=cell.alignment.cka[chosen].mean().item(), cka_others=cell.alignment.cka[~chosen].mean().item() if not chosen.all() else 0.,
+    cka_chosen, cka_others = of_pairs(cell.alignment.cka, cell.alignment.layers)
+    return dict(r2=cell.alignment.fit['r2'], cka_chosen=cka_chosen, cka_others=cka_others,
                 agreement_carried=agreement(carried, old), agreement_base=agreement(bare, old), old=evaluate(cell.old, cell.data['test'], cell.source).accuracy,
                 drift=drift(cell.hop, cell.place))
 
@@ -268,7 +279,7 @@ def work(
     cell, file = Cell(hop, task, place), place/'runs'/f'{hop}-{task}.jsonl'
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = read_json(file) if file.exists() else []
-    known = {tuple(r[k] for k in RUN): r for r in rows}
+    known = {tuple(r[k] for k in RUN) for r in rows}
     with file.open('a') as f:
         def keep(row):
             rows.append(row)
@@ -279,7 +290,7 @@ def work(
         plan(cell, do, rows)
     return f'{hop}, {task}'
 
-# %% ../nbs/16_lab.ipynb #5f1745e0
+# %% ../nbs/16_lab.ipynb #f7c8dfe2
 RESULTS = data_dir()/'lab.json'
 COMMAND = 'make experiments'
 PACKAGES = ('torch', 'transformers', 'peft', 'lorasuite')
@@ -311,7 +322,9 @@ def experiments(
     place.mkdir(parents=True, exist_ok=True)
     prepare(place)
     with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-        for done in tqdm(as_completed([pool.submit(work, *c, place) for c in CELLS]), 'cells', total=len(CELLS)): done.result()
+        try:
+            for done in tqdm(as_completed([pool.submit(work, *c, place) for c in CELLS]), 'cells', total=len(CELLS)): done.result()
+        finally: pool.shutdown(cancel_futures=True) # no new cell after one that failed
     collect(place)
 
 if __name__ == '__main__' and '__file__' in globals(): experiments()

@@ -118,7 +118,7 @@ def kept_lessons(
     if found.info.description != key: raise ValueError(f'{path} holds lessons of another specialist, on other inputs or of other settings: repeat that run, or remove the directory')
     return found
 
-# %% ../nbs/14_refresh.ipynb #606fdf20
+# %% ../nbs/14_refresh.ipynb #ff81b4f3
 def starts(
     tokens:list[bytes], # of a text
 ) -> list[int]: # counted from the end of the text, so negative
@@ -146,46 +146,7 @@ def continuations(
     out[said[:stop - at[first]]] += p
     return {t[len(before):]: q for t, q in out.items() if t.startswith(before) and (len(t) > len(before) or not before)}
 
-def place(
-    chances:dict[bytes, float],     # what is said: its probability
-    vocabulary:dict[bytes, int],    # tokens of the student
-    end:int,                        # its end token
-) -> dict[int, float]: # token: probability; they sum to one, or are none
-    "Give each thing said to the student's longest token that it begins with; what none fits is left out"
-    out = Counter()
-    for said, p in chances.items():
-        token = next((vocabulary[said[:n]] for n in range(len(said), 0, -1) if said[:n] in vocabulary), None) if said else end
-        if token is not None: out[token] += p
-    return {t: p/out.total() for t, p in out.items()} if out.total() > 0 else {}
-
-# %% ../nbs/14_refresh.ipynb #3ec67837
-def starts(
-    tokens:list[bytes], # of a text
-) -> list[int]: # counted from the end of the text, so negative
-    "At which byte each token starts"
-    at = [*accumulate(map(len, tokens), initial=0)]
-    return [a - at[-1] for a in at[:-1]]
-
-def continuations(
-    lesson:dict,    # with `tokens`, `options` and `chances`
-    start:int,      # byte where a token of the student starts, from the end of the text
-    stop:int,       # byte where it stops
-) -> dict[bytes, float]: # what is said from `start` on: its probability
-    "What the teacher may say after a part of its answer, told apart at least up to `stop`"
-    tokens, at = lesson['tokens'], starts(lesson['tokens'])
-    if start < at[0]: return {}
-    first = max(i for i, a in enumerate(at) if a <= start)
-    out, said, p = Counter(), b'', 1.
-    for i in range(first, len(tokens)):
-        options = dict(zip(lesson['options'][i], lesson['chances'][i]))
-        for t, q in options.items():
-            if t != tokens[i]: out[said + t] += p*q
-        said, p = said + tokens[i], p*options.get(tokens[i], 0.)
-        if at[i] + len(tokens[i]) >= stop: break
-    before = said[:start - at[first]]
-    out[said[:stop - at[first]]] += p
-    return {t[len(before):]: q for t, q in out.items() if t.startswith(before) and (len(t) > len(before) or not before)}
-
+# %% ../nbs/14_refresh.ipynb #3e48f800
 def place(
     chances:dict[bytes, float],     # what is said: its probability
     vocabulary:dict[bytes, int],    # tokens of the student

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VALUES', 'SENTENCES', 'QUESTIONS', 'MONTHS', 'WEATHER', 'NEW_WORDS', 'CODES', 'FILED', 'STORIES', 'THINGS', 'TASKS',
            'SIZES', 'GROWN', 'people', 'village', 'almanac', 'corpus', 'cloze', 'knows', 'task', 'taxonomy',
-           'word_problems', 'new_tokenizer', 'new_model', 'blocks_of', 'pretrain', 'save_model', 'made', 'make_models',
-           'make_task', 'make_adapter', 'make']
+           'word_problems', 'new_tokenizer', 'new_model', 'blocks_of', 'pretrain', 'save_model', 'made', 'successor',
+           'make_models', 'make_task', 'make_adapter', 'make']
 
-# %% ../nbs/15_zoo.ipynb #78c09bf9
+# %% ../nbs/15_zoo.ipynb #f1924124
 import json, random, re, shutil, time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .model import Decoder, data_dir, load_decoder
 from .adapter import Adapter, new_directory
-from .oracle import extend_tokenizer, grow
+from .oracle import Truth, extend_tokenizer, grow
 from .finetune import finetune, fit, load_data
 from .evaluate import bits_per_byte, evaluate, generate
 
@@ -219,7 +219,7 @@ def pretrain(
     decoder.model.eval()
     return decoder
 
-# %% ../nbs/15_zoo.ipynb #e9dfb77e
+# %% ../nbs/15_zoo.ipynb #8f0cd7a0
 def save_model(
     decoder:Decoder,    # a trained model
     path:Path,          # where to
@@ -238,16 +238,22 @@ def made(
     if not path.exists(): save_model(make(), path)
     return load_decoder(path, dtype=torch.float32)
 
+def successor(
+    old:Decoder, # `zoo/old`
+) -> tuple[Decoder, Truth]: # an enlargement that computes the same, and what was done to it
+    "What the descendants of `old` are before they are trained on"
+    longer, pieces = extend_tokenizer(old.tokenizer, NEW_WORDS, seed=3)
+    model, truth = grow(old, **GROWN, pieces=pieces, seed=9)
+    return Decoder(model, longer), truth
+
 def make_models(
     path:Path, # directory of the zoo
 ):
     "Train the four tiny models"
     tok = new_tokenizer(512, seed=1)
     old = made(path/'old', lambda: pretrain(new_model(tok, SIZES, seed=0), 3000, 3e-3, seed=2, min_lr=3e-4))
-    longer, pieces = extend_tokenizer(tok, NEW_WORDS, seed=3)
-    grown = lambda: Decoder(grow(old, **GROWN, pieces=pieces, seed=9)[0], longer)
-    made(path/'new', lambda: pretrain(grown(), 1000, 3e-4, seed=4, news=.05))
-    made(path/'new-far', lambda: pretrain(grown(), 1500, 1e-3, seed=5, news=.5))
+    made(path/'new', lambda: pretrain(successor(old)[0], 1000, 3e-4, seed=4, news=.05))
+    made(path/'new-far', lambda: pretrain(successor(old)[0], 1500, 1e-3, seed=5, news=.5))
     made(path/'stranger', lambda: pretrain(new_model(new_tokenizer(548, seed=6), GROWN, seed=7), 1200, 3e-3, seed=8, news=.05))
 
 def make_task(
