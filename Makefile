@@ -1,4 +1,4 @@
-.PHONY: demo test docs notebooks readme zoo experiments real clean
+.PHONY: demo test docs notebooks readme zoo experiments real hop clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -43,8 +43,8 @@ zoo: .venv/library
 experiments: .venv/library
 	$(BIN)/python -m lorasuite.lab
 
-real: .venv/real
-	$(BIN)/python benchmarks/real.py
+real hop: .venv/real
+	$(BIN)/python benchmarks/$@.py
 
 clean:
 	rm -rf .venv _docs build dist lorasuite-demo lorasuite.egg-info

@@ -12,16 +12,19 @@ def pretended(cell, score):
     "The plan of a cell whose runs are not made: `score` is their accuracy"
     rows = []
     def do(name, way, *how): rows.append(dict(zip(lab.RUN, (name, *how))) | dict(accuracy=score(name, *how)))
-    lab.plan(cell, do, rows)
+    lab.plan(cell, do, rows, rows)
     return rows
 
-def test_every_way_is_tuned_before_it_is_tested(cell, monkeypatch):
+@pytest.fixture
+def no_starts(monkeypatch):
+    "Nothing is aligned or carried"
     monkeypatch.setattr(lab, 'STARTS', dict.fromkeys(lab.STARTS, lambda cell, seed: None))
     monkeypatch.setattr(lab, 'ALIGNED', ())
+
+def test_every_way_is_tuned_before_it_is_tested(no_starts, tmp_path):
     best = {name: random.Random(name).choice(lab.grid(way)) for name, way in lab.WAYS.items() if way.trained}
-    rows = pretended(cell, lambda name, split, steps, lr, seed: float((steps, lr) == best.get(name)))
+    rows = pretended(lab.Cell(lab.FIRST, 'questions', tmp_path), lambda name, split, steps, lr, seed: float((steps, lr) == best.get(name)))
     for name, setting in best.items():
-        if name == 'refitted+all': continue # of the hops with a curve only
         mine = [r for r in rows if r['way'] == name]
         tried, tested = ([(r['steps'], r['lr']) for r in mine if r['split'] == s] for s in ('validation', 'test'))
         assert tried == lab.grid(lab.WAYS[name]) and tested == [setting]*len(lab.SEEDS)
@@ -32,19 +35,34 @@ def test_zero_steps_are_in_the_grid_of_every_carried_start():
     for name, way in lab.WAYS.items():
         if way.few: assert ((0, 0.) in lab.grid(way)) == bool(way.start), name
 
-def test_the_curve_uses_the_settings_of_its_neighbours(monkeypatch, tmp_path):
-    cell = lab.Cell('far', 'labels', tmp_path)
-    monkeypatch.setattr(lab, 'STARTS', dict.fromkeys(lab.STARTS, lambda cell, seed: None))
-    monkeypatch.setattr(lab, 'ALIGNED', ())
-    rows = pretended(cell, lambda name, split, steps, lr, seed: lr)
+def test_the_curve_uses_the_settings_of_its_neighbours(no_starts, tmp_path):
+    rows = pretended(lab.Cell(lab.FIRST, 'labels', tmp_path), lambda name, split, steps, lr, seed: 10*lr)
     setting = lambda name: {(r['steps'], r['lr']) for r in rows if r['way'] == name and r['split'] == 'test'}
     assert setting('lora-10') == setting('lora-30') == setting('lora-100') == {(lab.STEPS['few'], lab.RATES[-1])}
-    assert setting('refitted+300') == setting('refitted+1000') == setting('refitted+all')
-    assert len([r for r in rows if r['way'] == 'lora-1000']) == 3
+    assert setting('refresh-100') == setting('refresh') == {(lab.STEPS['many'], lab.RATES[4])} and setting('refitted+refresh-100') == setting('refitted+refresh')
+    assert setting('refitted+300') == setting('refitted+all') != setting('lora-300') == setting('lora-all')
+    assert len([r for r in rows if r['way'] == 'lora-300']) == 3
+
+def test_other_hops_take_the_settings_of_the_first(no_starts, tmp_path):
+    first = [dict(way=w, split='validation', steps=7, lr=.5, accuracy=1.) for w in lab.WAYS]
+    def planned(hop):
+        rows = []
+        def do(name, way, *how):
+            rows.append(dict(zip(lab.RUN, (name, *how)), accuracy=.5))
+        lab.plan(lab.Cell(hop, 'labels', tmp_path), do, rows, first)
+        return [r for r in rows if lab.WAYS[r['way']].trained]
+    for hop, ways in dict(short={'lora-100', 'refitted+100', 'refitted+refresh'}, back={'lora-100', 'refitted+100', 'refitted+refresh', 'lora-all'}, far_back={'refitted+100', 'refitted+refresh'}, itself=set(), enlarged=set()).items():
+        rows = planned(hop)
+        assert {r['way'] for r in rows} == ways and {(r['steps'], r['lr']) for r in rows} <= {(7, .5)} and len(rows) == len(ways)*len(lab.SEEDS)
+    rows = planned('stranger')
+    tuned = {r['way'] for r in rows if r['split'] == 'validation'}
+    assert tuned == {'lora-100', 'refitted+100', 'refitted+refresh'} and {(r['steps'], r['lr']) for r in rows if r['way'] not in tuned} == {(7, .5)}
+    assert {r['way'] for r in rows} == tuned | {'refresh', 'lora-all'}
 
 def test_the_gentlest_of_equal_settings_is_chosen():
     row = lambda steps, lr, accuracy, split='validation': dict(way='w', split=split, steps=steps, lr=lr, accuracy=accuracy)
     assert lab.best_setting([row(160, 1e-3, .5), row(160, 1e-4, .5), row(0, 0., .4)], 'w') == (160, 1e-4)
+    assert lab.best_setting([row(160, 1e-3, .5), row(0, 0., .495)], 'w') == (0, 0.)
     assert lab.best_setting([row(160, 1e-3, .9), row(160, 1e-3, .1), row(0, 0., .6)], 'w') == (0, 0.)
     assert lab.best_setting([row(160, 1e-3, .9, 'test'), row(0, 0., .1)], 'w') == (0, 0.)
 
@@ -60,6 +78,8 @@ def test_an_interrupted_cell_goes_on(monkeypatch, tmp_path):
         made.append(args[1:])
         return really(*args)
     monkeypatch.setattr(lab, 'run', run)
+    (tmp_path/'runs').mkdir()
+    (tmp_path/'runs'/f'{lab.FIRST}-questions.jsonl').write_text('')
     threads = torch.get_num_threads()
     try:
         with pytest.raises(KeyboardInterrupt): lab.work('new', 'questions', tmp_path)
@@ -85,5 +105,6 @@ def test_results_are_kept_with_what_made_them(monkeypatch, tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.suffix == '.part'] == []
 
 def test_hops_are_as_far_as_they_say(tmp_path):
-    assert lab.drift('itself', tmp_path) == 0 and lab.drift('stranger', tmp_path) is None
-    assert .1 < lab.drift('new', tmp_path) < lab.drift('far', tmp_path) < .4 and lab.drift('far_back', tmp_path) == lab.drift('far', tmp_path)
+    drift = {hop: lab.Cell(hop, 'labels', tmp_path).drift for hop in ('itself', 'stranger', 'new', 'far', 'far_back')}
+    assert drift['itself'] == 0 and drift['stranger'] is None
+    assert .1 < drift['new'] < drift['far'] < .4 and drift['far_back'] == pytest.approx(drift['far'], rel=.1)

@@ -1,0 +1,84 @@
+"""One upgrade of a real language model, measured as the laboratory measures: SmolLM2-135M is enlarged and trained on other text, and its adapter for sums goes every way; within an hour on two cores"""
+from real import ADAPTER, CACHE, CPU, MODEL, enlarge, prepare, say, train
+import json, random
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from pydoc_data.topics import topics
+from lorasuite import Adapter
+from lorasuite.adapter import new_directory
+from lorasuite.evaluate import bits_per_byte
+from lorasuite.finetune import fit, read_json
+from lorasuite.lab import DRAW, PACKAGES, WAYS, Cell, best_setting, change, record
+from lorasuite.model import Decoder, load_decoder
+from lorasuite.zoo import blocks_of
+
+PLACE, RESULTS = CACHE/'hop', Path(__file__).with_name('hop.json')
+LARGER, NEW = PLACE/'enlarged', PLACE/'new'
+STEPS, BATCH, LENGTH, RATE = 100, 4, 128, 3e-4  # of the further training
+SEEDS = range(3)
+UNTRAINED = ('base', 'cross_lora', 'paper', 'rescaled', 'random', 'carried', 'refitted')
+GRIDS = {'lora-100': [(20, lr) for lr in (3e-4, 1e-3, 3e-3)], 'refitted+100': [(0, 0.)] + [(20, lr) for lr in (1e-4, 3e-4, 1e-3)],
+         'refitted+refresh': [(20, lr) for lr in (1e-4, 3e-4, 1e-3)], 'lora-all': [(40, lr) for lr in (1e-3, 3e-3)]}
+
+def documents() -> tuple[list[str], list[str]]:
+    "Python's own documentation, which every Python has: to train on, and held out"
+    texts = [*dict.fromkeys(p for name in sorted(topics) for p in topics[name].split('\n\n') if len(p) > 80)]
+    return [t for i, t in enumerate(texts) if i % 10], texts[::10][:60]
+
+def train_on():
+    "The successor: an enlargement that computes the same, trained on other text"
+    if NEW.is_dir(): return
+    if not LARGER.is_dir(): enlarge(load_decoder(MODEL, **CPU), LARGER)
+    new, (texts, held_out) = load_decoder(LARGER, **CPU), documents()
+    before = bits_per_byte(new, held_out, batch_size=4).mean().item()
+    fit(new.model.train(), blocks_of(new.tokenizer, texts, STEPS*BATCH, LENGTH), new.tokenizer, STEPS, RATE, batch_size=BATCH, progress=True)
+    new.model.eval()
+    print(f'bits per byte of held-out documentation: {before:.3f} -> {bits_per_byte(new, held_out, batch_size=4).mean().item():.3f}')
+    with new_directory(NEW) as tmp: new.model.save_pretrained(tmp), new.tokenizer.save_pretrained(tmp)
+
+def sums() -> dict[str, list[dict]]:
+    "The adapter's own 640 sums, and others that it never saw"
+    rng = random.Random(0)
+    ask = lambda x, y: dict(instruction=f'What is {x} plus {y}?', input='', output=str(x + y), answer=str(x + y))
+    seen = [(rng.randint(10, 59), rng.randint(10, 39)) for _ in range(640)]
+    others = sorted({(x, y) for x in range(10, 60) for y in range(10, 40)} - {*seen})
+    rng.shuffle(others)
+    return {split: [ask(*p) for p in pairs] for split, pairs in dict(train=seen, validation=others[:60], inputs=others[60:360], test=others[360:560]).items()}
+
+class RealCell(Cell):
+    "The real hop, as the laboratory sees it"
+    @cached_property
+    def data(self) -> dict[str, list[dict]]: return sums()
+    @cached_property
+    def old(self) -> Decoder: return load_decoder(MODEL, **CPU)
+    @cached_property
+    def new(self) -> Decoder: return load_decoder(NEW, **CPU)
+    @cached_property
+    def source(self) -> Adapter: return Adapter.load(ADAPTER)
+    @cached_property
+    def drift(self) -> float: return change(load_decoder(LARGER, **CPU), self.new)
+
+def plan(cell, do, rows):
+    "All runs, in order"
+    def go(name, split, steps, lr, seed):
+        do(name, WAYS[name], split, steps, lr, seed)
+        print(f'{name:17} {split:10} {steps:3} steps at {lr:<6g} seed {seed:3}: {next(r["accuracy"] for r in rows if (r["way"], r["split"], r["steps"], r["lr"], r["seed"]) == (name, split, steps, lr, seed)):.1%}', flush=True)
+    for name in UNTRAINED:
+        for seed in SEEDS if name == 'random' else [0]: go(name, 'test', 0, 0., seed)
+    for name, grid in GRIDS.items():
+        for setting in grid: go(name, 'validation', *setting, DRAW)
+        for seed in SEEDS: go(name, 'test', *best_setting(rows, name), seed)
+
+def main():
+    say('SmolLM2-135M from its wheel'); prepare()
+    say('a LoRA for short sums'); train(load_decoder(MODEL, **CPU))
+    say('a successor'); train_on()
+    say('the ways')
+    runs = PLACE/'runs.jsonl'
+    record(RealCell('real', 'additions', PLACE), runs, plan)
+    part = RESULTS.with_suffix('.part')
+    part.write_text(json.dumps(dict(command='make hop', versions={p: version(p) for p in PACKAGES}, runs=read_json(runs)), indent=1))
+    part.replace(RESULTS)
+
+if __name__ == '__main__': main()
