@@ -32,10 +32,9 @@ from .refit import agreement, best_refit
 from .refresh import lessons, refresh
 from .zoo import TASKS, made, pretrain, successor
 
-# %% ../nbs/16_lab.ipynb #17aebdd3
-HOPS = dict(far=('zoo/old', 'zoo/new-far'), stranger=('zoo/old', 'zoo/stranger'), new=('zoo/old', 'zoo/new'), back=('zoo/new', 'zoo/old'), far_back=('zoo/new-far', 'zoo/old'),
-            itself=('zoo/old', 'zoo/old'), enlarged=('zoo/old', 'descended-0'), short=('zoo/old', 'descended-40'), medium=('zoo/old', 'descended-150'),
-            sibling=('zoo/new', 'zoo/new-far'), strange_back=('zoo/stranger', 'zoo/old'))
+# %% ../nbs/16_lab.ipynb #269769db
+HOPS = dict(far=('zoo/old', 'zoo/new-far'), stranger=('zoo/old', 'zoo/stranger'), new=('zoo/old', 'zoo/new'), sibling=('zoo/new', 'zoo/new-far'), back=('zoo/new', 'zoo/old'), far_back=('zoo/new-far', 'zoo/old'),
+            strange_back=('zoo/stranger', 'zoo/old'), short=('zoo/old', 'descended-40'), medium=('zoo/old', 'descended-150'), enlarged=('zoo/old', 'descended-0'), itself=('zoo/old', 'zoo/old'))
 
 def grown(
 ) -> Decoder: # in float32
@@ -244,11 +243,11 @@ def best_setting(
     means = {s: statistics.mean(xs) for s, xs in sorted(scores.items())}
     return next(s for s, m in means.items() if m >= max(means.values()) - EQUAL)
 
-# %% ../nbs/16_lab.ipynb #a46a82f8
+# %% ../nbs/16_lab.ipynb #6714361e
 CELLS = [(hop, task) for hop in HOPS for task in ('labels', 'sums')]
 FIRST = 'far'                       # the hop of all comparisons and curves
 TUNED = (FIRST, 'stranger', 'new')  # hops with settings of their own
-OTHERS = ('short', 'back', 'far_back', 'sibling', 'strange_back') # hops with the settings of the first; on the rest nothing is trained
+OTHERS = ('sibling', 'back', 'far_back', 'strange_back', 'short') # hops with the settings of the first; on the rest nothing is trained
 WHERE = {'paper+100': (FIRST, 'new'), 'lora-all': (*TUNED, 'back'), 'refresh': (FIRST, 'stranger'), 'union': (FIRST,), 'refitted+all': (FIRST,)} # ways that are not gone everywhere
 COUNTS = (10, 30, 300, 1000)                # labels of its curve, besides 0, 100 and all
 INPUTS = (100,)                             # inputs without labels of its curve, besides all

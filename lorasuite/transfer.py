@@ -28,14 +28,18 @@ from .cka import cka_table
 from .layer_mapping import layer_map
 from .head_mapping import head_similarity, match, neuron_similarity, paper_head_similarity
 
-# %% ../nbs/09_transfer.ipynb #f9193fc6
+# %% ../nbs/09_transfer.ipynb #3bbc8774
 def left_maps(
     W:Tensor,   # (n, h, hidden') rows of the old heads, seen through the read map
     W2:Tensor,  # (n, h', hidden') rows of the partner heads
 ) -> Tensor: # T (n, h', h) with W' ≈ T W
-    "Least-squares maps between the rows of partner heads; where the rows leave them open, they stay as near as possible to the identity"
+    "Maps between the rows of partner heads: least squares where they explain more than chance (Bayesian information criterion), else the identity"
     I = torch.eye(W2.shape[1], W.shape[1], dtype=W.dtype)
-    return I + torch.linalg.lstsq(W.mT, (W2 - I@W).mT, driver='gelsd').solution.mT
+    T = I + torch.linalg.lstsq(W.mT, (W2 - I@W).mT, driver='gelsd').solution.mT
+    rounding = 1e-12*W2.pow(2).sum((1, 2)) + 1e-30
+    still, mapped = ((W2 - X@W).pow(2).sum((1, 2)) + rounding for X in (I, T))
+    earned = W2[0].numel()*(still/mapped).log() > T[0].numel()*math.log(W2[0].numel())
+    return torch.where(earned[:, None, None], T, I)
 
 # %% ../nbs/09_transfer.ipynb #47557df9
 def scales(
