@@ -15,7 +15,7 @@ from lorasuite.zoo import blocks_of
 
 PLACE, RESULTS = CACHE/'hop', Path(__file__).with_name('hop.json')
 LARGER, NEW = PLACE/'enlarged', PLACE/'new'
-STEPS, BATCH, LENGTH, RATE = 100, 4, 128, 3e-4  # of the further training
+STEPS, BATCH, LENGTH, RATE = 100, 4, 128, 5e-5  # of the further training
 SEEDS = range(3)
 UNTRAINED = ('base', 'cross_lora', 'paper', 'rescaled', 'random', 'carried', 'refitted')
 GRIDS = {'lora-100': [(20, lr) for lr in (3e-4, 1e-3, 3e-3)], 'refitted+100': [(0, 0.)] + [(20, lr) for lr in (1e-4, 3e-4, 1e-3)],
