@@ -148,7 +148,7 @@ class Decoder:
         return 'MHA' if self.kv_heads == self.heads else 'MQA' if self.kv_heads == 1 else 'GQA'
     def __repr__(self): return f'Decoder({self.name!r}, ' + ', '.join(f'{k}={v}' for k, v in self.sizes().items()) + ')'
 
-# %% ../nbs/02_model.ipynb #e6e0aea0
+# %% ../nbs/02_model.ipynb #d267bd70
 def data_dir() -> Path: # directory of the package's data: the tiny models, their task, the probe texts
     "Directory of the data that the package ships"
     return Path(str(importlib.resources.files('lorasuite')))/'data'
@@ -157,9 +157,9 @@ def resolve(
     name:str|os.PathLike, # a directory, `zoo/…` for one of the package's tiny models, or a Hub id
 ) -> str: # what `from_pretrained` takes
     "Turn the name of a model or adapter into what `from_pretrained` takes; raises `FileNotFoundError` for a path that is not there"
-    if Path(name).is_dir(): return str(name)
     shipped = data_dir()/str(name)
-    if str(name).startswith('zoo/') and shipped.is_dir(): return str(shipped)
+    if str(name).startswith('zoo/') and shipped.is_dir(): return str(shipped) # whatever else is called so in the working directory
+    if Path(name).is_dir(): return str(name)
     if Path(name).is_absolute() or str(name).startswith(('.', 'zoo/')) or str(name).count('/') > 1:
         raise FileNotFoundError(f'no such directory: {name}. Give a directory, a Hub id such as `org/name`, or one of '
                                 + ', '.join(f'`zoo/{p.name}`' for p in sorted((data_dir()/'zoo').glob('*')) if p.is_dir()))

@@ -69,15 +69,17 @@ def test_upgrade_is_align_and_transfer(work, carried):
     assert a.keys() == b.keys() and all((a[k] - b[k]).norm() <= 1e-3*b[k].norm() for k in a)
     loads(carried)
 
-def test_questions_refit_what_is_carried(work, alignment, carried):
+def test_questions_refit_what_is_carried(work):
     asked = work/'asked.jsonl'
-    asked.write_text(''.join(json.dumps(dict(instruction=json.loads(l)['instruction'])) + '\n' for l in (ZOO/'validation.jsonl').read_text().splitlines()[:90]))
-    report('transfer', 'zoo/adapter', alignment, '-o', work/'refitted', '--inputs', asked)
-    report('upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '-o', work/'upgraded-refitted', '--inputs', asked)
-    plain, again, at_once = (load_file(p/'adapter_model.safetensors') for p in (carried, work/'refitted', work/'upgraded-refitted'))
+    asked.write_text(''.join(json.dumps(dict(instruction=json.loads(l)['instruction'])) + '\n' for l in (ZOO/'test.jsonl').read_text().splitlines()[:240]))
+    report('align', 'zoo/old', 'zoo/new-far', '-o', work/'far') # what drifted this far can be mended a little
+    report('transfer', 'zoo/adapter', work/'far', '-o', work/'far-carried')
+    report('transfer', 'zoo/adapter', work/'far', '-o', work/'refitted', '--inputs', asked)
+    report('upgrade', 'zoo/old', 'zoo/new-far', 'zoo/adapter', '-o', work/'upgraded-refitted', '--inputs', asked)
+    plain, again, at_once = (load_file(work/p/'adapter_model.safetensors') for p in ('far-carried', 'refitted', 'upgraded-refitted'))
     update = lambda w, k: w[k.replace('lora_A', 'lora_B')]@w[k]
     moved = [((update(again, k) - update(plain, k)).norm()/update(plain, k).norm()).item() for k in plain if 'lora_A' in k and update(plain, k).any()]
-    assert all(1e-3 < x < 1 for x in moved) and 'refitted on 30 texts' in (work/'refitted'/'README.md').read_text() # chosen by agreement
+    assert all(1e-3 < x < 1 for x in moved) and 'refitted on 80 texts' in (work/'refitted'/'README.md').read_text() # chosen by agreement
     assert all((again[k] - at_once[k]).norm() <= 1e-2*again[k].norm() for k in again)
 
 def test_finetune_and_evaluate(work, carried, hundred):

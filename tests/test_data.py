@@ -106,3 +106,9 @@ def test_bits_per_byte_of_a_uniform_guess(tokenizer):
     torch.nn.init.zeros_(d.model.lm_head.weight)
     lengths = [len(tokenizer(t).input_ids) - 1 for t in texts]
     assert bits_per_byte(d, texts).tolist() == pytest.approx([9*n/len(t) for n, t in zip(lengths, texts)])
+
+def test_shipped_models_are_not_shadowed(monkeypatch, tmp_path):
+    from lorasuite.model import data_dir, resolve
+    (tmp_path/'zoo'/'old').mkdir(parents=True), (tmp_path/'zoo'/'mine').mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve('zoo/old') == str(data_dir()/'zoo'/'old') and resolve('zoo/mine') == 'zoo/mine' and resolve('./zoo/old') == './zoo/old'
