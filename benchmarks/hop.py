@@ -1,15 +1,15 @@
-"""One upgrade of a real language model, measured as the laboratory measures: SmolLM2-135M is enlarged and trained on other text, and its adapter for sums goes every way; within an hour on two cores"""
+"""One upgrade of a real language model, measured as the laboratory measures: SmolLM2-135M is enlarged and trained on other text, and its adapter for sums goes every way"""
 from real import ADAPTER, CACHE, CPU, MODEL, enlarge, prepare, say, train
-import json, random
+import random
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
+from tqdm.auto import tqdm
 from lorasuite import Adapter
 from lorasuite.adapter import new_directory
 from lorasuite.evaluate import bits_per_byte
 from lorasuite.finetune import fit, read_json
-from lorasuite.lab import DRAW, PACKAGES, WAYS, Cell, best_setting, change, record
+from lorasuite.lab import DRAW, WAYS, Cell, best_setting, change, collect, record
 from lorasuite.model import Decoder, load_decoder
 from lorasuite.zoo import blocks_of
 
@@ -61,14 +61,16 @@ class RealCell(Cell):
 
 def plan(cell, do, rows):
     "All runs, in order"
-    def go(name, split, steps, lr, seed):
-        do(name, WAYS[name], split, steps, lr, seed)
-        print(f'{name:17} {split:10} {steps:3} steps at {lr:<6g} seed {seed:3}: {next(r["accuracy"] for r in rows if (r["way"], r["split"], r["steps"], r["lr"], r["seed"]) == (name, split, steps, lr, seed)):.1%}', flush=True)
-    for name in UNTRAINED:
-        for seed in SEEDS if name == 'random' else [0]: go(name, 'test', 0, 0., seed)
-    for name, grid in GRIDS.items():
-        for setting in grid: go(name, 'validation', *setting, DRAW)
-        for seed in SEEDS: go(name, 'test', *best_setting(rows, name), seed)
+    with tqdm(total=len(UNTRAINED) - 1 + len(SEEDS) + sum(len(grid) + len(SEEDS) for grid in GRIDS.values())) as bar:
+        def go(name, *how):
+            bar.set_description(name)
+            do(name, WAYS[name], *how)
+            bar.update()
+        for name in UNTRAINED:
+            for seed in SEEDS if name == 'random' else [0]: go(name, 'test', 0, 0., seed)
+        for name, grid in GRIDS.items():
+            for setting in grid: go(name, 'validation', *setting, DRAW)
+            for seed in SEEDS: go(name, 'test', *best_setting(rows, name), seed)
 
 def main():
     say('SmolLM2-135M from its wheel'); prepare()
@@ -77,8 +79,6 @@ def main():
     say('the ways')
     runs = PLACE/'runs.jsonl'
     record(RealCell('real', 'additions', PLACE), runs, plan)
-    part = RESULTS.with_suffix('.part')
-    part.write_text(json.dumps(dict(command='make hop', versions={p: version(p) for p in PACKAGES}, runs=read_json(runs)), indent=1))
-    part.replace(RESULTS)
+    collect(read_json(runs), RESULTS, 'make hop')
 
 if __name__ == '__main__': main()

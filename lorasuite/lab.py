@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HOPS', 'RANK', 'STARTS', 'ALIGNED', 'WAYS', 'RATES', 'STEPS', 'EQUAL', 'SEEDS', 'DRAW', 'RUN', 'CELLS', 'FIRST',
-           'TUNED', 'OTHERS', 'WHERE', 'COUNTS', 'INPUTS', 'RESULTS', 'COMMAND', 'PACKAGES', 'grown', 'base',
-           'specialist', 'change', 'Way', 'Cell', 'learn', 'run', 'grid', 'best_setting', 'alone', 'homes', 'curve',
-           'plan', 'kinship', 'signs', 'observed', 'record', 'work', 'collect', 'prepare', 'experiments']
+           'TUNED', 'OTHERS', 'WHERE', 'COUNTS', 'INPUTS', 'RESULTS', 'PACKAGES', 'grown', 'base', 'specialist',
+           'change', 'Way', 'Cell', 'learn', 'run', 'grid', 'best_setting', 'alone', 'homes', 'curve', 'plan',
+           'kinship', 'signs', 'observed', 'record', 'work', 'collect', 'prepare', 'experiments']
 
 # %% ../nbs/16_lab.ipynb #f7456fc5
 import json, os, random, statistics, time
@@ -348,20 +348,19 @@ def work(
     file, first = (place/'runs'/f'{h}-{task}.jsonl' for h in (hop, FIRST))
     record(Cell(hop, task, place), file, lambda cell, do, rows: plan(cell, do, rows, rows if hop == FIRST else read_json(first)))
 
-# %% ../nbs/16_lab.ipynb #43538fb1
+# %% ../nbs/16_lab.ipynb #dd0a6847
 RESULTS = data_dir()/'lab.json'
-COMMAND = 'make experiments'
 PACKAGES = ('torch', 'transformers', 'peft', 'lorasuite')
 
 def collect(
-    place:Path,         # where the laboratory keeps its runs
-    file:Path=RESULTS,  # where to write
+    rows:list[dict],    # runs
+    file:Path,          # where to write
+    command:str,        # that made them
 ):
-    "Put the runs of all cells into one file"
-    rows = [r for hop, task in CELLS for r in read_json(place/'runs'/f'{hop}-{task}.jsonl')]
+    "Put runs into one file, with what made them"
     part = file.with_suffix('.part')
     with writing(part):
-        head = dict(command=COMMAND, versions={p: version(p) for p in PACKAGES}, cores=os.cpu_count())
+        head = dict(command=command, versions={p: version(p) for p in PACKAGES}, cores=os.cpu_count())
         part.write_text(json.dumps(head)[:-1] + ', "runs": [\n' + ',\n'.join(map(json.dumps, rows)) + '\n]}\n')
         part.replace(file)
 
@@ -388,6 +387,6 @@ def experiments(
                     after |= {pool.submit(work, *c, place): [] for c in after.pop(done)}
                     bar.update()
         finally: pool.shutdown(cancel_futures=True) # no new cell after one that failed
-    collect(place)
+    collect([r for hop, task in CELLS for r in read_json(place/'runs'/f'{hop}-{task}.jsonl')], RESULTS, 'make experiments')
 
 if __name__ == '__main__' and '__file__' in globals(): experiments()

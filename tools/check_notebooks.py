@@ -1,5 +1,6 @@
 "Stop if a notebook is not clean, was not executed, or shows an error or a warning."
 import sys
+from collections import Counter
 
 from execnb.nbio import nb2str, read_nb
 from nbdev.clean import clean_nb
@@ -28,6 +29,8 @@ def faults(path):
     if code and not outputs and not skips_execution(path): yield 'has no outputs'
     if any(o.output_type == 'error' for o in outputs): yield 'shows an error'
     if any(o.get('name') == 'stderr' for o in outputs): yield 'shows stderr'
+    for source, n in Counter(c.source for c in code if '\n' in c.source).items():
+        if n > 1: yield f'has the same cell {n} times: {source.splitlines()[0]} …'
     if str(get_config().config_path) in nb2str(outputs): yield 'shows the path of this checkout'
 
 if __name__ == '__main__':
