@@ -101,12 +101,15 @@ def test_refresh(work, carried, hundred):
     assert '90 answers of the old specialist and 10 labelled' in (work/'refreshed'/'README.md').read_text()
     loads(work/'refreshed')
 
-def test_inspect():
+def test_inspect(hundred):
     said = report('inspect', 'zoo/old', 'zoo/new', 'zoo/adapter')
     assert said['sizes']['attention'] == ['MHA', 'GQA'] and said['shared_tokens'] == 512 and not said['notes'] and 'deep' not in said
     assert said['adapter'] == dict(updates=28, ranks=[16], roles={r: 4 for r in ROLES}, layers_without_partner=0, skipped={})
     back = run('inspect', 'zoo/new', 'zoo/old', '--deep')
-    assert back.exit_code == 0 and 'note: 2 of 6 old layers will find no partner' in back.stdout and 'layers: 0→0, 1→1, 3→2, 5→3' in back.stdout
+    assert back.exit_code == 0 and 'note: 2 of 6 old layers will find no partner' in back.stdout and 'layers: 0→0, 1→1, 3→2, 5→3' in back.stdout and 'advice: ' in back.stdout
+    deep = report('inspect', 'zoo/old', 'zoo/new', 'zoo/adapter', '--deep', '--inputs', hundred)['deep']
+    assert deep['agreement_carried'] > .85 > .2 > deep['agreement_base'] and 'agreement_copy' not in deep
+    assert deep['advice']['sign'] == 'agreement' and deep['advice']['keeps'][deep['advice']['recommendation']] > .8
 
 def test_text_output(alignment):
     result = run('evaluate', 'zoo/old', '--data', ZOO/'validation.jsonl', '--adapter', 'zoo/adapter')
@@ -119,6 +122,7 @@ def test_bad_input(work, carried, alignment, hundred):
     for args, word in [(['transfer', 'zoo/adapter', alignment, '-o', carried], 'exists already'),
                        (['inspect', 'zoo/new', 'zoo/old', 'zoo/adapter'], 'another model'),
                        (['inspect', work/'nowhere', 'zoo/old'], 'nowhere'),
+                       (['inspect', 'zoo/old', 'zoo/new', '--deep', '--inputs', hundred], 'give an adapter'),
                        (['transfer', 'zoo/adapter', work/'nowhere', '-o', out], 'lorasuite align'),
                        (['transfer', carried, alignment, '-o', out], 'another model'),
                        (['transfer', 'zoo/adapter', alignment, '-o', out, '--inputs', work/'nowhere.jsonl'], 'nowhere.jsonl'),

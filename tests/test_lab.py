@@ -66,6 +66,14 @@ def test_the_gentlest_of_equal_settings_is_chosen():
     assert lab.best_setting([row(160, 1e-3, .9), row(160, 1e-3, .1), row(0, 0., .6)], 'w') == (0, 0.)
     assert lab.best_setting([row(160, 1e-3, .9, 'test'), row(0, 0., .1)], 'w') == (0, 0.)
 
+def test_hops_between_strangers_have_settings_of_strangers(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(lab, 'record', lambda cell, file, plan: plan(cell, None, ['mine']))
+    monkeypatch.setattr(lab, 'plan', lambda cell, do, rows, like: asked.update({cell.hop: like}))
+    monkeypatch.setattr(lab, 'read_json', lambda file: file.name)
+    for hop in lab.HOPS: lab.work(hop, 'sums', tmp_path)
+    assert asked == {hop: f'{lab.FIRST}-sums.jsonl' for hop in lab.HOPS} | {lab.FIRST: ['mine'], 'strange_back': 'stranger-sums.jsonl'}
+
 def test_an_interrupted_cell_goes_on(monkeypatch, tmp_path):
     made, few = [], {n: lab.WAYS[n] for n in ('base', 'carried', 'lora-100')}
     monkeypatch.setattr(lab, 'WAYS', few)
