@@ -5,20 +5,18 @@
 # %% auto #0
 __all__ = ['records', 'accuracies', 'interval', 'paired']
 
-# %% ../nbs/17_results.ipynb #64c26c45
+# %% ../nbs/17_results.ipynb #9671d818
 import json, statistics
 from functools import cache
-from pathlib import Path
 from scipy.stats import t as student
 from .lab import RESULTS, WAYS, homes
 
-# %% ../nbs/17_results.ipynb #f98fd169
+# %% ../nbs/17_results.ipynb #5c691279
 @cache
 def records(
-    file:Path=RESULTS, # as `collect` writes it
 ) -> dict: # `command`, `versions`, `cores`, `runs`
-    "What the laboratory has found"
-    return json.loads(file.read_text())
+    "What the laboratory has found, as `collect` wrote it"
+    return json.loads(RESULTS.read_text())
 
 def accuracies(
     hop:str,    # one of `HOPS`
