@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['records', 'accuracies', 'interval', 'paired']
 
-# %% ../nbs/17_results.ipynb #9671d818
+# %% ../nbs/17_results.ipynb #01b5a082
 import json, statistics
 from functools import cache
 from scipy.stats import t as student
-from .lab import RESULTS, WAYS, homes
+from .lab import RESULTS, WAYS, alone, homes
 
-# %% ../nbs/17_results.ipynb #5c691279
+# %% ../nbs/17_results.ipynb #f5f1d5e6
 @cache
 def records(
 ) -> dict: # `command`, `versions`, `cores`, `runs`
@@ -24,7 +24,7 @@ def accuracies(
     way:str,    # a way's name
 ) -> dict[int, float]: # seed: accuracy on the test questions; empty where the way was not gone
     "Runs of a way; ways that start from nothing are shared by all hops to the same model"
-    hops = (hop,) if way not in WAYS or WAYS[way].start or WAYS[way].lessons else (hop, homes().get(hop))
+    hops = (hop, homes().get(hop)) if way in WAYS and alone(WAYS[way]) else (hop,)
     return {r['seed']: r['accuracy'] for r in records()['runs'] if r['hop'] in hops and (r['task'], r['way'], r['split']) == (task, way, 'test')}
 
 # %% ../nbs/17_results.ipynb #a7c55460
