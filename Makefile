@@ -47,7 +47,7 @@ real hop: .venv/real
 	$(BIN)/python benchmarks/$@.py
 
 clean:
-	rm -rf .venv _docs build dist lorasuite-demo lorasuite.egg-info
+	rm -rf .venv _docs build/lib build/bdist.* build/demo dist lorasuite-demo lorasuite.egg-info # build/lab stays: hours of runs
 
 .venv/bin/pip:
 	@echo "Setting up .venv: a few minutes, once"

@@ -1,4 +1,4 @@
-"""One upgrade of a real language model, measured as the laboratory measures: SmolLM2-135M is enlarged and trained on other text, and its adapter for sums goes every way"""
+"""Upgrades of a real language model, measured as the laboratory measures: SmolLM2-135M is enlarged and trained on other text, and its adapter for sums goes every way"""
 from real import ADAPTER, CACHE, CPU, MODEL, enlarge, prepare, say, train
 import random
 from functools import cached_property
@@ -14,28 +14,31 @@ from lorasuite.model import Decoder, load_decoder
 from lorasuite.zoo import blocks_of
 
 PLACE, RESULTS = CACHE/'hop', Path(__file__).with_name('hop.json')
-LARGER, NEW = PLACE/'enlarged', PLACE/'new'
-STEPS, BATCH, LENGTH, RATE = 100, 4, 128, 5e-5  # of the further training
+HOPS = dict(enlarged=0., gentle=5e-5, harsh=3e-4)   # learning rate of the further training
+LARGER = PLACE/'enlarged'
+STEPS, BATCH, LENGTH = 100, 4, 128                  # of it
 SEEDS = range(3)
+FIRST = 'gentle'    # the hop with all ways; on the others those of `SOME`
+SOME = ('base', 'rescaled', 'carried')
 UNTRAINED = ('base', 'cross_lora', 'paper', 'rescaled', 'random', 'carried', 'refitted')
-GRIDS = {'lora-100': [(20, lr) for lr in (3e-4, 1e-3, 3e-3)], 'refitted+100': [(0, 0.)] + [(20, lr) for lr in (1e-4, 3e-4, 1e-3)],
-         'refitted+refresh': [(20, lr) for lr in (1e-4, 3e-4, 1e-3)], 'lora-all': [(40, lr) for lr in (1e-3, 3e-3)]}
+GRIDS = {'lora-100': [(20, lr) for lr in (1e-4, 3e-4, 1e-3, 3e-3)], 'refitted+100': [(0, 0.)] + [(20, lr) for lr in (1e-4, 3e-4, 1e-3)],
+         'refitted+refresh': [(20, lr) for lr in (1e-4, 3e-4, 1e-3)], 'lora-all': [(40, lr) for lr in (1e-4, 3e-4, 1e-3, 3e-3)]}
 
 def documents() -> tuple[list[str], list[str]]:
     "Python's own documentation, which every Python has: to train on, and held out"
     texts = [*dict.fromkeys(p for name in sorted(topics) for p in topics[name].split('\n\n') if len(p) > 80)]
     return [t for i, t in enumerate(texts) if i % 10], texts[::10][:60]
 
-def train_on():
-    "The successor: an enlargement that computes the same, trained on other text"
-    if NEW.is_dir(): return
+def successor(hop):
+    "An enlargement that computes the same, or that trained on other text"
     if not LARGER.is_dir(): enlarge(load_decoder(MODEL, **CPU), LARGER)
+    if (PLACE/hop).is_dir(): return
     new, (texts, held_out) = load_decoder(LARGER, **CPU), documents()
     before = bits_per_byte(new, held_out, batch_size=4).mean().item()
-    fit(new.model.train(), blocks_of(new.tokenizer, texts, STEPS*BATCH, LENGTH), new.tokenizer, STEPS, RATE, batch_size=BATCH, progress=True)
+    fit(new.model.train(), blocks_of(new.tokenizer, texts, STEPS*BATCH, LENGTH), new.tokenizer, STEPS, HOPS[hop], batch_size=BATCH, progress=True)
     new.model.eval()
     print(f'bits per byte of held-out documentation: {before:.3f} -> {bits_per_byte(new, held_out, batch_size=4).mean().item():.3f}')
-    with new_directory(NEW) as tmp: new.model.save_pretrained(tmp), new.tokenizer.save_pretrained(tmp)
+    with new_directory(PLACE/hop) as tmp: new.model.save_pretrained(tmp), new.tokenizer.save_pretrained(tmp)
 
 def sums() -> dict[str, list[dict]]:
     "The adapter's own 640 sums, and others that it never saw"
@@ -47,38 +50,40 @@ def sums() -> dict[str, list[dict]]:
     return {split: [ask(*p) for p in pairs] for split, pairs in dict(train=seen, validation=others[:60], inputs=others[60:360], test=others[360:560]).items()}
 
 class RealCell(Cell):
-    "The real hop, as the laboratory sees it"
+    "A real hop, as the laboratory sees it"
     @cached_property
     def data(self) -> dict[str, list[dict]]: return sums()
     @cached_property
     def old(self) -> Decoder: return load_decoder(MODEL, **CPU)
     @cached_property
-    def new(self) -> Decoder: return load_decoder(NEW, **CPU)
+    def new(self) -> Decoder: return load_decoder(PLACE/self.hop, **CPU)
     @cached_property
     def source(self) -> Adapter: return Adapter.load(ADAPTER)
     @cached_property
     def drift(self) -> float: return change(load_decoder(LARGER, **CPU), self.new)
 
 def plan(cell, do, rows):
-    "All runs, in order"
-    with tqdm(total=len(UNTRAINED) - 1 + len(SEEDS) + sum(len(grid) + len(SEEDS) for grid in GRIDS.values())) as bar:
+    "All runs of a hop, in order"
+    untrained, grids = (UNTRAINED, GRIDS) if cell.hop == FIRST else (SOME, {})
+    with tqdm(total=len(untrained) + sum(len(grid) + len(SEEDS) for grid in grids.values())) as bar:
         def go(name, *how):
-            bar.set_description(name)
+            bar.set_description(f'{cell.hop}: {name}')
             do(name, WAYS[name], *how)
             bar.update()
-        for name in UNTRAINED:
-            for seed in SEEDS if name == 'random' else [0]: go(name, 'test', 0, 0., seed)
-        for name, grid in GRIDS.items():
+        for name in untrained: go(name, 'test', 0, 0., 0)
+        for name, grid in grids.items():
             for setting in grid: go(name, 'validation', *setting, DRAW)
-            for seed in SEEDS: go(name, 'test', *best_setting(rows, name), seed)
+            for seed in SEEDS: go(name, 'test', *best_setting(rows, name, WAYS[name]), seed)
 
 def main():
     say('SmolLM2-135M from its wheel'); prepare()
     say('a LoRA for short sums'); train(load_decoder(MODEL, **CPU))
-    say('a successor'); train_on()
-    say('the ways')
-    runs = PLACE/'runs.jsonl'
-    record(RealCell('real', 'additions', PLACE), runs, plan)
-    collect(read_json(runs), RESULTS, 'make hop')
+    runs = []
+    for hop in HOPS:
+        say(f'the hop {hop}'); successor(hop)
+        file = PLACE/'runs'/f'{hop}.jsonl'
+        record(RealCell(hop, 'additions', PLACE), file, plan)
+        runs += read_json(file)
+    collect(runs, RESULTS, 'make hop')
 
 if __name__ == '__main__': main()

@@ -46,7 +46,7 @@ def test_demo(tmp_path):
     seconds = time.perf_counter() - begin
     assert done.returncode == 0, done.stderr
     arms = {a['arm']: a for a in json.loads((tmp_path/'demo'/'results.json').read_text())['arms']}
-    assert tuple(arms) == ARMS and all(name in done.stdout for name in ARMS)
+    assert [*arms] == [*ARMS] and all(name in done.stdout for name in ARMS)
     for a in arms.values(): assert {'arm', 'accuracy', 'seconds', 'labelled_examples', 'trainable_parameters'} <= a.keys()
     assert {p.name for p in (tmp_path/'demo').glob('*.png')} == {'cka.png', 'head_map.png', 'transfer_matrix.png', 'finetuning.png', 'arms.png'}
     gain = lambda name: (arms[name]['accuracy'] - arms['base']['accuracy'])/(arms['lora-all']['accuracy'] - arms['base']['accuracy'])

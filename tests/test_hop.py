@@ -3,10 +3,10 @@ import sys
 from pathlib import Path
 import pytest
 from lorasuite.adapter import Adapter
-from lorasuite.demo import questions
 from lorasuite.finetune import read_json
 from lorasuite.lab import record
 from lorasuite.model import load_decoder
+from lorasuite.zoo import TASKS
 
 @pytest.fixture
 def hop(monkeypatch):
@@ -27,12 +27,15 @@ def test_documents_are_held_out(hop):
     assert len(held_out) == 60 and not {*texts} & {*held_out} and sum(map(len, texts)) > hop.STEPS*hop.BATCH*hop.LENGTH*2
 
 def test_all_ways_of_the_real_hop(hop, monkeypatch, tmp_path):
+    people = TASKS['questions']()
     for name, value in dict(old=load_decoder('zoo/old'), new=load_decoder('zoo/new'), source=Adapter.load('zoo/adapter'), drift=.1,
-                            data=dict(train=questions('train')[:120], inputs=questions('train')[200:230], validation=questions('validation')[:20], test=questions('test')[:40])).items():
+                            data=dict(train=people['train'][:120], inputs=people['train'][200:230], validation=people['validation'][:20], test=people['test'][:40])).items():
         monkeypatch.setattr(hop.RealCell, name, value)
     monkeypatch.setattr(hop, 'SEEDS', range(2))
     monkeypatch.setattr(hop, 'GRIDS', {name: [(1, lr) for _, lr in grid[-2:]] for name, grid in hop.GRIDS.items()})
-    record(hop.RealCell('real', 'additions', tmp_path), tmp_path/'runs.jsonl', hop.plan)
+    record(hop.RealCell('harsh', 'additions', tmp_path), tmp_path/'some.jsonl', hop.plan)
+    assert [r['way'] for r in read_json(tmp_path/'some.jsonl')] == ['signs', *hop.SOME]
+    record(hop.RealCell(hop.FIRST, 'additions', tmp_path), tmp_path/'runs.jsonl', hop.plan)
     rows = read_json(tmp_path/'runs.jsonl')
     tested = {r['way']: r['accuracy'] for r in rows if r['split'] == 'test'}
     assert {*tested} == {*hop.UNTRAINED, *hop.GRIDS} and tested['carried'] > .7 > .2 > tested['base']

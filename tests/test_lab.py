@@ -43,28 +43,31 @@ def test_the_curve_uses_the_settings_of_its_neighbours(no_starts, tmp_path):
     assert setting('refitted+300') == setting('refitted+all') != setting('lora-300') == setting('lora-all')
     assert len([r for r in rows if r['way'] == 'lora-300']) == 3
 
-def test_other_hops_take_the_settings_of_the_first(no_starts, tmp_path):
+def test_what_comes_from_the_old_adapter_takes_the_settings_of_the_first_hop(no_starts, tmp_path):
     first = [dict(way=w, split='validation', steps=7, lr=.5, accuracy=1.) for w in lab.WAYS]
     def planned(hop):
         rows = []
         def do(name, way, *how):
             rows.append(dict(zip(lab.RUN, (name, *how)), accuracy=.5))
         lab.plan(lab.Cell(hop, 'labels', tmp_path), do, rows, first)
-        return [r for r in rows if lab.WAYS[r['way']].trained]
+        return [r for r in rows if r['way'] not in lab.WAYS or lab.WAYS[r['way']].trained]
     for hop, ways in dict(short={'lora-100', 'refitted+100', 'refitted+refresh'}, back={'lora-100', 'refitted+100', 'refitted+refresh', 'lora-all'}, far_back={'refitted+100', 'refitted+refresh'}, itself=set(), enlarged=set()).items():
         rows = planned(hop)
-        assert {r['way'] for r in rows} == ways and {(r['steps'], r['lr']) for r in rows} <= {(7, .5)} and len(rows) == len(ways)*len(lab.SEEDS)
-    rows = planned('stranger')
-    tuned = {r['way'] for r in rows if r['split'] == 'validation'}
-    assert tuned == {'lora-100', 'refitted+100', 'refitted+refresh'} and {(r['steps'], r['lr']) for r in rows if r['way'] not in tuned} == {(7, .5)}
-    assert {r['way'] for r in rows} == tuned | {'refresh', 'lora-all'}
+        tested, tuned = [r for r in rows if r['split'] == 'test'], {r['way'] for r in rows if r['split'] == 'validation'}
+        assert {r['way'] for r in tested} == ways and len(tested) == len(ways)*len(lab.SEEDS) and tuned == ways & {'lora-100', 'lora-all'}
+        assert {(r['steps'], r['lr']) == (7, .5) for r in tested if r['way'] not in tuned} <= {True} and not any(r['steps'] == 7 for r in tested if r['way'] in tuned)
+    for hop in lab.TUNED:
+        ways = {split: {r['way'] for r in planned(hop) if r['split'] == split} for split in ('validation', 'test')}
+        assert ways['validation'] == {w for w in ways['test'] if w in lab.WAYS} >= {'lora-100', 'refitted+100', 'refitted+refresh', 'lora-all'}
 
 def test_the_gentlest_of_equal_settings_is_chosen():
     row = lambda steps, lr, accuracy, split='validation': dict(way='w', split=split, steps=steps, lr=lr, accuracy=accuracy)
-    assert lab.best_setting([row(160, 1e-3, .5), row(160, 1e-4, .5), row(0, 0., .4)], 'w') == (160, 1e-4)
-    assert lab.best_setting([row(160, 1e-3, .5), row(0, 0., .495)], 'w') == (0, 0.)
-    assert lab.best_setting([row(160, 1e-3, .9), row(160, 1e-3, .1), row(0, 0., .6)], 'w') == (0, 0.)
-    assert lab.best_setting([row(160, 1e-3, .9, 'test'), row(0, 0., .1)], 'w') == (0, 0.)
+    best = lambda *rows, start='carried': lab.best_setting(rows, 'w', lab.Way(start, 100))
+    assert best(row(160, 1e-3, .5), row(160, 1e-4, .5), row(0, 0., .4)) == (160, 1e-4)
+    assert best(row(160, 1e-3, .5), row(0, 0., .495)) == (0, 0.)
+    assert best(row(160, 1e-3, .9), row(160, 1e-3, .1), row(0, 0., .6)) == (0, 0.)
+    assert best(row(160, 1e-3, .9, 'test'), row(0, 0., .1)) == (0, 0.)
+    assert best(row(160, 1e-3, .5), row(160, 1e-4, .49), start=None) == best(row(160, 1e-3, .5), row(160, 1e-4, .5), start=None) == (160, 1e-3) # a fresh LoRA loses nothing
 
 def test_hops_between_strangers_have_settings_of_strangers(monkeypatch, tmp_path):
     asked = {}
@@ -113,3 +116,11 @@ def test_hops_are_as_far_as_they_say(tmp_path):
     drift = {hop: lab.Cell(hop, 'labels', tmp_path).drift for hop in ('itself', 'stranger', 'new', 'far', 'far_back')}
     assert drift['itself'] == 0 and drift['stranger'] is None
     assert .1 < drift['new'] < drift['far'] < .4 and drift['far_back'] == pytest.approx(drift['far'], rel=.1)
+
+def test_the_demo_has_recorded_every_run():
+    from lorasuite.demo import ARMS, runs, sweep, village
+    for hop in ('new', 'far', 'stranger'):
+        planned = []
+        sweep(village(hop), lambda name, way, *how: planned.append((name, *how)), runs(hop))
+        assert sorted(tuple(r[k] for k in lab.RUN) for r in runs(hop) if r['way'] != 'signs') == sorted(planned)
+        assert {r['way'] for r in runs(hop)} == {'signs'} | {name for name, way in ARMS.items() if way and way.trained}
