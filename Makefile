@@ -1,4 +1,4 @@
-.PHONY: demo test docs notebooks readme zoo experiments real hop clean
+.PHONY: demo test docs notebooks readme zoo experiments budgets real hop clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -43,11 +43,14 @@ zoo: .venv/library
 experiments: .venv/library
 	$(BIN)/python -m lorasuite.lab
 
+budgets: .venv/library
+	$(BIN)/python -m lorasuite.budgets && $(BIN)/python -m lorasuite.olora
+
 real hop: .venv/real
 	$(BIN)/python benchmarks/$@.py
 
 clean:
-	rm -rf .venv _docs build/lib build/bdist.* build/demo dist lorasuite-demo lorasuite.egg-info # build/lab stays: hours of runs
+	rm -rf .venv _docs build/lib build/bdist.* build/demo dist lorasuite-demo lorasuite.egg-info # build/lab and build/budgets stay: hours of runs
 
 .venv/bin/pip:
 	@echo "Setting up .venv: a few minutes, once"

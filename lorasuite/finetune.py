@@ -19,7 +19,7 @@ from datasets import Dataset, load_dataset
 from matplotlib.axes import Axes
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import RandomSampler
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from .model import Decoder
 from .adapter import Adapter, writing
@@ -235,6 +235,7 @@ def fit(
     pack:bool=False,                    # lay examples end to end instead of padding them? `ValueError` if the model cannot keep them apart
     validation:Sequence[dict]|None=None,# encoded examples whose loss is measured at the start and ten times on the way
     checkpoints:str|os.PathLike|None=None, # directory for checkpoints: an interrupted run goes on from the last; `ValueError` if they are another run's
+    callbacks:Sequence[TrainerCallback]=(), # of `Trainer`, besides its own
     progress:bool=False,                # show a progress bar?
     **arguments,                        # further `TrainingArguments`; by default a tenth of the steps warms up, then the rate falls linearly
 ) -> Run: # loss at every step
@@ -248,8 +249,8 @@ def fit(
             eval_strategy='steps' if validation else 'no', eval_steps=max(1, steps//10), eval_on_start=bool(validation),
             **(DEFAULTS | dict(warmup_steps=steps//10) | precision(model) | arguments))
         args._n_gpu = min(args.n_gpu, 1) # one device a process
-        last = checkpoints and going_on(args, model, rows, (lr, batch_size, micro_batch, seed, loss, pack, arguments))
-        trainer = Keeper(model, args, train_dataset=rows, eval_dataset=validation, data_collator=DataCollatorWithFlattening() if pack else DataCollatorForSeq2Seq(tokenizer, padding=True), compute_loss_func=loss)
+        last = checkpoints and going_on(args, model, rows, (lr, batch_size, micro_batch, seed, loss, pack, *callbacks, arguments))
+        trainer = Keeper(model, args, train_dataset=rows, eval_dataset=validation, data_collator=DataCollatorWithFlattening() if pack else DataCollatorForSeq2Seq(tokenizer, padding=True), compute_loss_func=loss, callbacks=[*callbacks])
         for unwanted in (PrinterCallback, ProgressCallback): trainer.remove_callback(unwanted)
         if progress: trainer.add_callback(Bar)
         peak, begin = watch_memory(model.device), time.perf_counter()
@@ -285,6 +286,7 @@ def finetune(
     roles:Sequence[str]|None=None,  # which projections a fresh LoRA updates; all by default
     whole:bool=False,               # learn the questions too?
     validation:list[dict]|None=None,# examples whose loss is measured on the way
+    method:Callable|None=None,      # makes of the PEFT model another kind of adapter, such as `LoRA2`: a callback of `Trainer` with `finish`; a LoRA by default
     **kwargs,                       # passed to `fit`
 ) -> tuple[Adapter, Run]: # the tuned adapter, the loss at every step
     "Tune an adapter on labelled examples (paper, section 3.4)"
@@ -294,7 +296,9 @@ def finetune(
     if not steps: return adapter, Run()
     rows, held_out = ([e if 'input_ids' in e else encode(e, decoder.tokenizer, whole) for e in some or []] for some in (data, validation))
     with adapter.on(decoder, trainable=True) as model:
-        run = fit(model, rows, decoder.tokenizer, steps, lr, batch_size, seed=seed, validation=held_out, **kwargs)
+        kinds = [method(model)] if method else []
+        run = fit(model, rows, decoder.tokenizer, steps, lr, batch_size, seed=seed, validation=held_out, callbacks=kinds, **kwargs)
+        for kind in kinds: kind.finish()
         tuned = Adapter.from_peft(model)
     card = adapter.card and f'{adapter.card}\nTuned afterwards on {len(data):,} labelled examples: {steps:,} steps at a learning rate of {lr:g}.\n'
     return replace(tuned, base=decoder.name, layers=decoder.layers, card=card, skipped=adapter.skipped), run

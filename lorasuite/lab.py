@@ -6,12 +6,13 @@
 __all__ = ['HOPS', 'RANK', 'STARTS', 'ALIGNED', 'WAYS', 'RATES', 'STEPS', 'EQUAL', 'SEEDS', 'DRAW', 'RUN', 'CELLS', 'FIRST',
            'TUNED', 'OTHERS', 'LIKE', 'WHERE', 'COUNTS', 'INPUTS', 'RESULTS', 'PACKAGES', 'grown', 'base', 'specialist',
            'change', 'Way', 'Cell', 'learn', 'run', 'grid', 'best_setting', 'alone', 'homes', 'curve', 'plan',
-           'kinship', 'signs', 'observed', 'record', 'work', 'collect', 'prepare', 'experiments']
+           'kinship', 'signs', 'observed', 'kept_runs', 'record', 'work', 'collect', 'prepare', 'experiments']
 
 # %% ../nbs/16_lab.ipynb #f7456fc5
 import json, os, random, statistics, time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -324,23 +325,32 @@ def observed(
     "What explains the results of a cell"
     return signs(cell.old, cell.new, cell.alignment, cell.source, cell.data['inputs'][:100]) | dict(old=evaluate(cell.old, cell.data['test'], cell.source).accuracy, drift=cell.drift)
 
+@contextmanager
+def kept_runs(
+    file:Path,      # where runs are kept, one a line
+    key:tuple,      # names of what makes a run what it is
+): # yields a function of that and of what makes the run, and the runs so far
+    "Make runs that are not recorded yet, each kept as soon as it is made"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_json(file) if file.exists() else []
+    known = {tuple(r[k] for k in key) for r in rows}
+    with file.open('a') as f:
+        def do(how, make):
+            if how in known: return
+            rows.append(make())
+            print(json.dumps(rows[-1]), file=f, flush=True)
+        yield do, rows
+
 def record(
     cell:Cell,      # a hop with a task
     file:Path,      # where its runs are kept
     plan:Callable,  # goes through all runs: cell, makes a run or finds it done, runs so far
 ):
-    "Make all runs of a cell that are not recorded yet, each kept as soon as it is made"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_json(file) if file.exists() else []
-    known = {tuple(r[k] for k in RUN) for r in rows}
-    with file.open('a') as f:
-        def keep(row):
-            rows.append(row)
-            print(json.dumps(row), file=f, flush=True)
-        def do(name, way, *how):
-            if (name, *how) not in known: keep(run(cell, name, way, *how))
-        if not any(r['way'] == 'signs' for r in rows): keep(dict(hop=cell.hop, task=cell.task, way='signs', **{k: None for k in RUN[1:]}, **observed(cell)))
-        plan(cell, do, rows)
+    "Make all runs of a cell"
+    nothing = dict.fromkeys(RUN[1:])
+    with kept_runs(file, RUN) as (do, rows):
+        do(('signs', *nothing.values()), lambda: dict(hop=cell.hop, task=cell.task, way='signs') | nothing | observed(cell))
+        plan(cell, lambda name, way, *how: do((name, *how), lambda: run(cell, name, way, *how)), rows)
 
 def work(
     hop:str, task:str,  # the cell
