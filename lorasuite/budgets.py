@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'PHASES', 'MEASURED', 'RATES', 'METHODS', 'BUDGETS', 'JOBS', 'KEY', 'TUNED', 'TUNING', 'RESULTS', 'put_on',
-           'Allocate', 'wide', 'learn_peft', 'learn_ours', 'learn', 'ranks_of', 'best', 'hop', 'run', 'work', 'carried',
-           'tune', 'work_tuned', 'experiments']
+           'Allocate', 'wide', 'config_of', 'learn_peft', 'learn_ours', 'learn', 'ranks_of', 'best', 'hop', 'run',
+           'work', 'carried', 'tune', 'work_tuned', 'experiments']
 
-# %% ../nbs/25_budgets.ipynb #79a0820d
+# %% ../nbs/25_budgets.ipynb #890a3954
 import os, random, statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +29,7 @@ from .lab import DRAW, SEEDS, collect, kept_runs, specialist
 from .lora2 import LoRA2
 from .alora import ALoRA, batch_of
 
-# %% ../nbs/25_budgets.ipynb #a6fa9f97
+# %% ../nbs/25_budgets.ipynb #9bb8f441
 @contextmanager
 def put_on(
     decoder:Decoder,    # the base model
@@ -47,7 +47,7 @@ class Allocate(TrainerCallback):
     "Let AdaLoRA score and prune after every step"
     def on_optimizer_step(self, args, state, control, model=None, **kwargs): model.base_model.update_and_allocate(state.global_step)
 
-# %% ../nbs/25_budgets.ipynb #f91ee72b
+# %% ../nbs/25_budgets.ipynb #b4f6f11f
 STEPS = 300
 PHASES = (.1, .6)   # of the training: when ranks are moved
 MEASURED = 32       # examples that ALoRA keeps for its measurements
@@ -57,6 +57,19 @@ def wide(
 ) -> int: # and at the beginning
     "Where those begin that prune"
     return -(-3*budget//2)
+
+def config_of(
+    method:str,                 # one of `METHODS`
+    budget:int,                 # directions of a module at the end, on average
+    decoder:Decoder,            # the base model
+    strength:float|None=None,   # of AdaLoRA's pull towards orthonormal directions
+    steps:int=STEPS,            # of the training
+) -> PeftConfig:
+    "What PEFT puts on a model, with a scale of one"
+    roles = dict(target_modules=sorted({decoder.wiring.modules[r] for r in decoder.roles}), task_type='CAUSAL_LM')
+    rank, (first, last) = wide(budget) if method in ('adalora', 'lora2') else budget, (round(p*steps) for p in PHASES)
+    if method == 'adalora': return AdaLoraConfig(init_r=rank, lora_alpha=rank, target_r=budget, tinit=first, tfinal=steps - last, deltaT=10, total_step=steps, orth_reg_weight=strength, **roles)
+    return LoraConfig(r=rank, lora_alpha=rank, use_dora=method == 'dora', **roles)
 
 def learn_peft(
     config:PeftConfig,  # of the adapter
@@ -91,16 +104,12 @@ def learn(
     *how,               # learning rate, seed, questions
 ) -> tuple[float, Run, Adapter|None]: # accuracy, training, the adapter where it is a plain update
     "Train any of the methods under a budget"
-    roles = dict(target_modules=sorted({decoder.wiring.modules[r] for r in decoder.roles}), task_type='CAUSAL_LM')
-    if method == 'dora': return learn_peft(LoraConfig(r=budget, lora_alpha=budget, use_dora=True, **roles), decoder, data, *how)
-    if method == 'adalora':
-        first, last = (round(p*STEPS) for p in PHASES)
-        return learn_peft(AdaLoraConfig(init_r=wide(budget), lora_alpha=wide(budget), target_r=budget, tinit=first, tfinal=STEPS - last, deltaT=10, total_step=STEPS, orth_reg_weight=strength, **roles), decoder, data, *how)
+    if method in ('dora', 'adalora'): return learn_peft(config_of(method, budget, decoder, strength), decoder, data, *how)
     if method == 'lora2': return learn_ours(wide(budget), partial(LoRA2, target=budget, strength=strength, phases=PHASES), decoder, data, *how)
     if method == 'alora': return learn_ours(budget, partial(ALoRA, batch=batch_of(data[:MEASURED], decoder.tokenizer), phases=PHASES), decoder, data[MEASURED:], *how)
     return learn_ours(budget, None, decoder, data, *how)
 
-# %% ../nbs/25_budgets.ipynb #8bc35e6d
+# %% ../nbs/25_budgets.ipynb #8ee87093
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 METHODS = dict(lora=(None,), dora=(None,), adalora=(.5, .05), lora2=(.001, .1), alora=(None,)) # strengths of the pull
 BUDGETS = (1, 2, 4)
@@ -154,7 +163,7 @@ def work(
             for lr in RATES: go('validation', strength, lr, DRAW)
         for seed in SEEDS: go('test', *best(rows), seed)
 
-# %% ../nbs/25_budgets.ipynb #5f3bd0b5
+# %% ../nbs/25_budgets.ipynb #d202d707
 TUNED = {'lora': lambda model, batch: None, 'lora2': lambda model, batch: LoRA2(model, target=8, phases=PHASES), 'alora': lambda model, batch: ALoRA(model, batch, rounds=2, phases=PHASES)}
 TUNING = (160, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)) # steps, learning rates
 
@@ -193,7 +202,7 @@ def work_tuned(
         for lr in (0., *TUNING[1]): go('validation', None, lr, DRAW)
         for seed in SEEDS: go('test', *best(rows), seed)
 
-# %% ../nbs/25_budgets.ipynb #5a8399ef
+# %% ../nbs/25_budgets.ipynb #ee294d0a
 RESULTS = data_dir()/'budgets.json'
 
 def experiments(

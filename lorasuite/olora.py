@@ -145,10 +145,10 @@ def train_from(
         adapter = converted(model, Path(d)/'begin') if start in MOVED else Adapter.from_peft(model)
     return replace(adapter, base=decoder.name, layers=decoder.layers), run
 
-# %% ../nbs/23_olora.ipynb #403f5683
+# %% ../nbs/23_olora.ipynb #54b41ebc
 RANK, STEPS = 8, 150
-RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)      # learning rates to choose from
-SEEDS, DRAWS = range(6), range(100, 102)# of the runs that count, and of those that choose
+RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2) # learning rates to choose from
+SEEDS, DRAWS = range(6), range(100, 104)    # of the runs that count, and of those that choose
 RECORDS = data_dir()/'olora.jsonl'
 RUN = ('task', 'start', 'split', 'lr', 'seed') # what makes a run what it is
 
