@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Gated', 'widen', 'batch_of', 'Ablation', 'reallocate', 'ALoRA']
 
-# %% ../nbs/24_alora.ipynb #0c40090f
+# %% ../nbs/24_alora.ipynb #7c97bfda
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -16,7 +16,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Traine
 from .finetune import encode
 from .lora2 import linear, lora_layers, settle
 
-# %% ../nbs/24_alora.ipynb #0502e836
+# %% ../nbs/24_alora.ipynb #673e4f08
 class Gated(nn.Module):
     "B diag(g): in place of PEFT's `lora_B`"
     def __init__(self,
@@ -46,7 +46,7 @@ def widen(
     nn.init.kaiming_uniform_(more, a=5**.5)
     return linear(torch.cat([A, more]))
 
-# %% ../nbs/24_alora.ipynb #8d6a3f5e
+# %% ../nbs/24_alora.ipynb #673c8a94
 def batch_of(
     examples:list[dict],                # with `instruction`, `input` and `output`
     tokenizer:PreTrainedTokenizerBase,  # of the model
@@ -92,7 +92,7 @@ class Ablation:
         whole = self.score()
         return [{j: whole - self.without(l, j) + self.alone(l, j) for j in l.open} for l in tqdm(self.layers, disable=not progress)]
 
-# %% ../nbs/24_alora.ipynb #7bb007c6
+# %% ../nbs/24_alora.ipynb #98b50d28
 def reallocate(
     importance:list[dict[int, float]],  # for each layer, direction: its worth
     rooms:list[int],                    # directions that each layer can have
@@ -106,7 +106,7 @@ def reallocate(
     getting = sorted(able, key=mean, reverse=True)[:len(worst)]
     return [(layer, j) for _, layer, j in worst[:len(getting)]], getting
 
-# %% ../nbs/24_alora.ipynb #cb3210fc
+# %% ../nbs/24_alora.ipynb #53c664ee
 class ALoRA(TrainerCallback):
     "ALoRA (arXiv 2403.16187) on a model with a LoRA, whose rank is the number of directions of a module on average: a callback for its `Trainer`; `finish` when it is done"
     def __init__(self,

@@ -6,7 +6,7 @@
 __all__ = ['orthonormal', 'take_apart', 'split', 'Importance', 'Right', 'Left', 'skew', 'unskew', 'pull', 'budget', 'lora_layers',
            'linear', 'settle', 'LoRA2', 'plot_ranks']
 
-# %% ../nbs/22_lora2.ipynb #4a1acc9a
+# %% ../nbs/22_lora2.ipynb #d804a2b5
 from collections.abc import Callable
 import seaborn as sns
 import torch
@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from .model import Decoder
 from .adapter import PREFIX
 
-# %% ../nbs/22_lora2.ipynb #375bf0e1
+# %% ../nbs/22_lora2.ipynb #6470e967
 def orthonormal(
     r:int, n:int,   # how many; in how many dimensions
     like:Tensor,    # device and dtype
@@ -48,7 +48,7 @@ def split(
     outer = orthonormal(k, k, rows)@plane
     return outer, rows@outer.T
 
-# %% ../nbs/22_lora2.ipynb #5fee4009
+# %% ../nbs/22_lora2.ipynb #ca305503
 class Importance(nn.Module):
     "Smoothed sensitivity and uncertainty of a parameter (AdaLoRA, arXiv 2303.10512, equations 8 to 11)"
     def __init__(self,
@@ -89,6 +89,9 @@ class Right(nn.Module):
     def weight(self) -> Tensor:
         "(r, n) as PEFT asks for it when it merges"
         return self.rows
+    def watch(self):
+        "Take the gradients of a step into account"
+        self.importance.watch(self.inner)
     def forward(self, x:Tensor) -> Tensor: return F.linear(F.linear(x, self.outer), self.inner)
 
 class Left(Right):
@@ -107,9 +110,13 @@ class Left(Right):
     def weight(self) -> Tensor:
         "(n, r) as PEFT asks for it when it merges"
         return self.rows.T*self.e
+    def watch(self):
+        "Take the gradients of a step into account"
+        super().watch()
+        self.importance_e.watch(self.e)
     def forward(self, x:Tensor) -> Tensor: return F.linear(F.linear(x*self.e, self.inner.T), self.outer.T)
 
-# %% ../nbs/22_lora2.ipynb #af500eae
+# %% ../nbs/22_lora2.ipynb #c50eeb6e
 def skew(
     M:Tensor, # (r, n)
 ) -> Tensor: # ()
@@ -133,7 +140,7 @@ def pull(
     outer.grad += strength*(unskew(outer) + inner.T@through)
     inner.grad += strength*(unskew(inner) + through@outer.T)
 
-# %% ../nbs/22_lora2.ipynb #00f82cdc
+# %% ../nbs/22_lora2.ipynb #071f5207
 def budget(
     step:int,               # of training
     start:int, end:int,     # directions at the beginning, and at the end
@@ -143,7 +150,7 @@ def budget(
     left = 1 - min(max((step - first)/(last - first), 0.), 1.)
     return round(end + (start - end)*left**3)
 
-# %% ../nbs/22_lora2.ipynb #720e9120
+# %% ../nbs/22_lora2.ipynb #50f757bd
 def lora_layers(
     model:PeftModel, # with a LoRA
 ) -> dict[str, LoraLayer]: # path in the base model: layer
@@ -178,7 +185,7 @@ def settle(
         config.rank_pattern[path] = rank
         layer.lora_alpha[name] = config.alpha_pattern[path] = layer.scaling[name]*(rank**.5 if config.use_rslora else rank)
 
-# %% ../nbs/22_lora2.ipynb #9c8cabed
+# %% ../nbs/22_lora2.ipynb #7f907cf0
 class LoRA2(TrainerCallback):
     "LoRA² (arXiv 2408.06854) on a model with a LoRA, whose rank is the number of directions to begin with: a callback for its `Trainer`; `finish` when it is done"
     def __init__(self,
@@ -209,11 +216,12 @@ class LoRA2(TrainerCallback):
         "How far all directions are from orthonormal, the root of the mean over modules"
         with torch.no_grad(): return (sum(skew(p.rows) for pair in self.pairs for p in pair)/len(self.pairs)).sqrt().item()
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        "Score, and pull"
-        for right, left in self.pairs:
-            for plane in (right, left): plane.importance.watch(plane.inner)
-            left.importance_e.watch(left.e)
-            for plane in (right, left): pull(plane, self.strength)
+        "Score, and pull; a step that overflowed, as those of fp16 sometimes do, is passed over, and so is what has no gradient"
+        live = [plane for pair in self.pairs for plane in pair if plane.inner.grad is not None]
+        if not torch.nn.utils.get_total_norm([plane.inner.grad for plane in live]).isfinite(): return
+        for plane in live:
+            plane.watch()
+            pull(plane, self.strength)
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):
         "Cut, and after the last cut keep zero what was cut"
@@ -249,7 +257,7 @@ class LoRA2(TrainerCallback):
         settle(self.model, self.layers, factors)
     def __repr__(self): return f'LoRA2(target={self.target}, outer={self.outer}, strength={self.strength}, phases={self.phases}, every={self.every})' 
 
-# %% ../nbs/22_lora2.ipynb #26487af2
+# %% ../nbs/22_lora2.ipynb #da858b32
 def plot_ranks(
     ranks:dict[str, int],   # path of a module: directions that it keeps
     decoder:Decoder,        # the base model

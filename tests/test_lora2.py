@@ -174,6 +174,20 @@ def test_what_was_cut_last_stays_zero(decoder, monkeypatch):
     assert any(b > a for a, b in zip(sums, sums[1:])) # until then a direction may come back
     assert sorted(seen[-1]) == sorted(made[0].ranks().values())
 
+def test_a_step_that_overflowed_is_passed_over(decoder, rows):
+    with random_adapter(fresh(decoder, 3)).on(decoder, trainable=True) as model:
+        made, watched, left = LoRA2(model, target=2), [], [*model.parameters()]
+        for value in (1., float('inf'), float('nan'), 1.):
+            for p in left:
+                if p.requires_grad: p.grad = torch.full_like(p, value)
+            made.pairs[0][0].inner.grad = made.pairs[0][0].outer.grad = None # a module that the model did not use
+            before = [q.inner.grad.clone() for q in made.pairs[1]]
+            made.on_pre_optimizer_step(None, None, None)
+            watched.append(made.scores())
+            if value != 1: assert all(q.inner.grad.isfinite().all() == b.isfinite().all() for q, b in zip(made.pairs[1], before))
+        assert all(map(torch.equal, watched[0], watched[1])) and all(map(torch.equal, watched[0], watched[2])) and not all(map(torch.equal, watched[0], watched[3]))
+        assert all(s.isfinite().all() for s in watched[3])
+
 def test_the_least_important_is_cut(decoder):
     with random_adapter(fresh(decoder, 4)).on(decoder, trainable=True) as model:
         made = LoRA2(model, target=2)
