@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PREFIX', 'REFUSED', 'FULL', 'ROWS', 'PLAIN_STARTS', 'NOT_CARRIED', 'full_weight', 'token_rows', 'parse_key',
            'check_pair', 'split_keys', 'scaling', 'check_config', 'adapter_dir', 'parsing', 'writing', 'check_output',
-           'hold', 'temporary', 'new_directory', 'discard', 'check_fit', 'Adapter', 'balance']
+           'hold', 'temporary', 'new_directory', 'discard', 'put_on', 'check_fit', 'Adapter', 'balance']
 
 # %% ../nbs/03_adapter.ipynb #e4195625
 import glob, os, re, shutil, tempfile
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -226,6 +227,19 @@ def discard(
     shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/03_adapter.ipynb #9885a7a2
+@contextmanager
+def put_on(
+    decoder:Decoder,            # the base model
+    make:Callable[[], PeftModel], # puts an adapter on it
+): # yields the `PeftModel`
+    "Leave a model as it was after an adapter of PEFT was on it"
+    training, flags = decoder.model.training, [(p, p.requires_grad) for p in decoder.model.parameters()]
+    model = make()
+    try: yield model
+    finally:
+        model.unload().train(training)
+        for p, flag in flags: p.requires_grad_(flag)
+
 def check_fit(
     adapter,            # an `Adapter`
     decoder:Decoder,    # the model that they are meant for
@@ -312,14 +326,11 @@ class Adapter:
     ): # yields the `PeftModel`
         "Put the adapter on `decoder` for a while, by PEFT's own loader, and leave it as it was; raises `ValueError` if it does not fit"
         check_fit(self, decoder)
-        training, flags = decoder.model.training, [(p, p.requires_grad) for p in decoder.model.parameters()]
-        with tempfile.TemporaryDirectory() as d:
-            replace(self, base='').save(Path(d)/'adapter')
-            model = PeftModel.from_pretrained(decoder.model, str(Path(d)/'adapter'), is_trainable=trainable)
-        try: yield model
-        finally:
-            model.unload().train(training)
-            for p, flag in flags: p.requires_grad_(flag)
+        def make():
+            with tempfile.TemporaryDirectory() as d:
+                replace(self, base='').save(Path(d)/'adapter')
+                return PeftModel.from_pretrained(decoder.model, str(Path(d)/'adapter'), is_trainable=trainable)
+        with put_on(decoder, make) as model: yield model
 
     def delta(self, path:str) -> Tensor: # (out, in)
         "The dense update of one module"

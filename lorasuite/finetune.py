@@ -22,7 +22,7 @@ from torch.utils.data import RandomSampler
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from .model import Decoder
-from .adapter import Adapter, writing
+from .adapter import Adapter, put_on, writing
 
 # %% ../nbs/10_finetune.ipynb #7c71349c
 FIELDS = ('instruction', 'output')
@@ -90,9 +90,8 @@ def fresh(
 ) -> Adapter:
     "An untrained LoRA as PEFT starts it: random A, zero B; scaled by α = 2r; raises `ValueError` for roles that the model does not have"
     if unknown := [r for r in roles or () if r not in decoder.roles]: raise ValueError(f'{decoder.name} has no {", ".join(unknown)}: its roles are {", ".join(decoder.roles)}')
-    model = get_peft_model(decoder.model, LoraConfig(r=rank, lora_alpha=2*rank, target_modules=sorted({decoder.wiring.modules[r] for r in roles or decoder.roles}), task_type='CAUSAL_LM'))
-    try: adapter = Adapter.from_peft(model)
-    finally: model.unload()
+    config = LoraConfig(r=rank, lora_alpha=2*rank, target_modules=sorted({decoder.wiring.modules[r] for r in roles or decoder.roles}), task_type='CAUSAL_LM')
+    with put_on(decoder, lambda: get_peft_model(decoder.model, config)) as model: adapter = Adapter.from_peft(model)
     return Adapter(adapter.updates, decoder.name, decoder.layers)
 
 # %% ../nbs/10_finetune.ipynb #046ed8d1

@@ -252,7 +252,7 @@ FIRST = 'far'                       # the hop of all comparisons and curves
 TUNED = (FIRST, 'stranger', 'new')  # hops with settings of their own
 OTHERS = ('sibling', 'back', 'far_back', 'strange_back', 'short') # hops where what an adapter teaches or begins takes the settings of another hop; on the rest nothing is trained
 LIKE = {hop: FIRST for hop in HOPS if hop != FIRST} | {'strange_back': 'stranger'} # whose: what begins with the ruins of an adapter learns otherwise than what begins with an adapter
-WHERE = {'paper+100': (FIRST, 'new'), 'lora-all': (*TUNED, 'back'), 'refresh': (FIRST, 'stranger'), 'union': (FIRST,), 'refitted+all': (FIRST,)} # ways that are not gone everywhere
+WHERE = {'paper+100': (FIRST, 'new'), 'lora-all': (*TUNED, 'back'), 'refresh': (FIRST, 'stranger'), 'union': (FIRST, 'new'), 'refitted+all': (FIRST,)} # ways that are not gone everywhere
 COUNTS = (10, 30, 300, 1000)                # labels of its curve, besides 0, 100 and all
 INPUTS = (100,)                             # inputs without labels of its curve, besides all
 

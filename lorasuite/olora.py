@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from .wiring import inputs_of, outputs_of
 from .model import Decoder, data_dir, load_decoder
-from .adapter import Adapter
+from .adapter import Adapter, put_on
 from .finetune import Run, encode, fit, read_json
 from .evaluate import evaluate
 from .zoo import TASKS
@@ -106,13 +106,8 @@ def started(
 ): # yields the `PeftModel`
     "Put on an untrained LoRA with one of PEFT's starts for a while, and leave the model as it was; raises what `check_start` raises"
     check_start(decoder, start, rank)
-    training, flags = decoder.model.training, [(p, p.requires_grad) for p in decoder.model.parameters()]
-    with kept(targets(decoder) if start in MOVED else []):
-        model = get_peft_model(decoder.model, LoraConfig(r=rank, lora_alpha=scale*rank, init_lora_weights=STARTS[start], target_modules=sorted({*decoder.wiring.modules.values()}), task_type='CAUSAL_LM'))
-        try: yield model
-        finally:
-            model.unload().train(training)
-            for p, flag in flags: p.requires_grad_(flag)
+    config = LoraConfig(r=rank, lora_alpha=scale*rank, init_lora_weights=STARTS[start], target_modules=sorted({*decoder.wiring.modules.values()}), task_type='CAUSAL_LM')
+    with kept(targets(decoder) if start in MOVED else []), put_on(decoder, lambda: get_peft_model(decoder.model, config)) as model: yield model
 
 # %% ../nbs/23_olora.ipynb #e072cf41
 def converted(
