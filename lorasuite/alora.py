@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Gated', 'widen', 'batch_of', 'Ablation', 'reallocate', 'ALoRA']
 
-# %% ../nbs/24_alora.ipynb #7c97bfda
+# %% ../nbs/24_alora.ipynb #82a1e114
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -16,7 +16,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Traine
 from .finetune import encode
 from .lora2 import linear, lora_layers, settle
 
-# %% ../nbs/24_alora.ipynb #673e4f08
+# %% ../nbs/24_alora.ipynb #a0f5f012
 class Gated(nn.Module):
     "B diag(g): in place of PEFT's `lora_B`"
     def __init__(self,
@@ -46,7 +46,7 @@ def widen(
     nn.init.kaiming_uniform_(more, a=5**.5)
     return linear(torch.cat([A, more]))
 
-# %% ../nbs/24_alora.ipynb #673c8a94
+# %% ../nbs/24_alora.ipynb #4d0d4eb9
 def batch_of(
     examples:list[dict],                # with `instruction`, `input` and `output`
     tokenizer:PreTrainedTokenizerBase,  # of the model
@@ -92,7 +92,7 @@ class Ablation:
         whole = self.score()
         return [{j: whole - self.without(l, j) + self.alone(l, j) for j in l.open} for l in tqdm(self.layers, disable=not progress)]
 
-# %% ../nbs/24_alora.ipynb #98b50d28
+# %% ../nbs/24_alora.ipynb #b6b7d735
 def reallocate(
     importance:list[dict[int, float]],  # for each layer, direction: its worth
     rooms:list[int],                    # directions that each layer can have
@@ -106,19 +106,20 @@ def reallocate(
     getting = sorted(able, key=mean, reverse=True)[:len(worst)]
     return [(layer, j) for _, layer, j in worst[:len(getting)]], getting
 
-# %% ../nbs/24_alora.ipynb #53c664ee
+# %% ../nbs/24_alora.ipynb #5f7741dc
 class ALoRA(TrainerCallback):
     "ALoRA (arXiv 2403.16187) on a model with a LoRA, whose rank is the number of directions of a module on average: a callback for its `Trainer`; `finish` when it is done"
     def __init__(self,
         model:PeftModel,        # with a LoRA, fresh or not; gated in place
         batch:dict[str, Tensor],# validation examples as `batch_of` makes them: what is measured on, and not trained on
         room:float=2.,          # how many times its rank a module can have
-        rounds:int=4,           # how often directions are moved
+        rounds:int=4,           # how often directions are moved; rounds that fall on one step are one
         share:float=.1,         # of all directions, in a round
         phases:tuple=(.1, .6),  # parts of the training at which moving begins, and ends
     ):
         self.model, self.name, self.layers = model, model.active_adapter, lora_layers(model)
         self.rounds, self.share, self.phases, self.room = rounds, share, phases, room
+        if room < 1: raise ValueError(f'room={room:g}: a module needs room for the rank that it has, at least 1')
         if not 0 <= phases[0] < phases[1] <= 1: raise ValueError(f'phases={phases}: moving begins at the first part of the training and ends at the second, both between 0 and 1')
         for layer in self.layers.values(): self.gate(layer)
         self.gated = [layer.lora_B[self.name] for layer in self.layers.values()]
@@ -133,9 +134,8 @@ class ALoRA(TrainerCallback):
         layer.lora_A[self.name], layer.lora_B[self.name] = widen(A, room), Gated(B, room)
     def on_step_end(self, args, state, control, **kwargs):
         "Move directions, at evenly spaced steps"
-        first, last = (round(p*state.max_steps) for p in self.phases)
-        at = [first + round(i*(last - first)/max(1, self.rounds - 1)) for i in range(self.rounds)]
-        if state.global_step in at: self.move()
+        first, last = (min(max(1, round(p*state.max_steps)), state.max_steps - 1) for p in self.phases) # what opens shall still be trained
+        if state.global_step in {first + round(i*(last - first)/max(1, self.rounds - 1)) for i in range(self.rounds)}: self.move()
     @torch.no_grad()
     def move(self):
         "Close the least important directions, and open as many elsewhere"

@@ -6,7 +6,7 @@
 __all__ = ['orthonormal', 'take_apart', 'split', 'Importance', 'Right', 'Left', 'skew', 'unskew', 'pull', 'budget', 'lora_layers',
            'linear', 'settle', 'LoRA2', 'plot_ranks']
 
-# %% ../nbs/22_lora2.ipynb #d804a2b5
+# %% ../nbs/22_lora2.ipynb #1c9458d6
 from collections.abc import Callable
 import seaborn as sns
 import torch
@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from .model import Decoder
 from .adapter import PREFIX
 
-# %% ../nbs/22_lora2.ipynb #6470e967
+# %% ../nbs/22_lora2.ipynb #8a96dfc8
 def orthonormal(
     r:int, n:int,   # how many; in how many dimensions
     like:Tensor,    # device and dtype
@@ -39,16 +39,17 @@ def take_apart(
 
 def split(
     rows:Tensor,    # (r, n) orthonormal
-    k:int,          # dimensions of the plane, at least r
+    k:int,          # dimensions of the subspace, at least r
 ) -> tuple[Tensor, Tensor]: # outer (k, n), inner (r, k), both with orthonormal rows
-    "Rows as a small matrix times a large one: a random plane around them, and where they lie in it"
+    "Rows as a small matrix times a large one: a random subspace around them, and where they lie in it"
     r, n = rows.shape
-    if not r <= k <= n: raise ValueError(f'a plane for {r} directions in {n} dimensions has {r} to {n}, not {k}')
+    if r > n: raise ValueError(f'{r} directions are more than its {n} dimensions: give it a lower rank')
+    if not r <= k <= n: raise ValueError(f'a subspace for {r} directions in {n} dimensions has {r} to {n}, not {k}')
     plane = torch.linalg.qr(torch.cat([rows, torch.randn(k-r, n, device=rows.device, dtype=rows.dtype)]).T)[0].T
     outer = orthonormal(k, k, rows)@plane
     return outer, rows@outer.T
 
-# %% ../nbs/22_lora2.ipynb #ca305503
+# %% ../nbs/22_lora2.ipynb #025e9b50
 class Importance(nn.Module):
     "Smoothed sensitivity and uncertainty of a parameter (AdaLoRA, arXiv 2303.10512, equations 8 to 11)"
     def __init__(self,
@@ -75,7 +76,7 @@ class Right(nn.Module):
     "V: the directions that an update reads, in place of `lora_A`"
     def __init__(self,
         rows:Tensor,    # (r, n) orthonormal
-        k:int,          # dimensions of the plane
+        k:int,          # dimensions of the subspace
     ):
         super().__init__()
         self.outer, self.inner = map(nn.Parameter, split(rows, k))
@@ -99,7 +100,7 @@ class Left(Right):
     def __init__(self,
         rows:Tensor,    # (r, n) orthonormal
         e:Tensor,       # (r,) singular values
-        k:int,          # dimensions of the plane
+        k:int,          # dimensions of the subspace
     ):
         super().__init__(rows, k)
         self.e = nn.Parameter(e[None]) # PEFT takes a lora_B of one dimension for a torn one
@@ -116,7 +117,7 @@ class Left(Right):
         self.importance_e.watch(self.e)
     def forward(self, x:Tensor) -> Tensor: return F.linear(F.linear(x*self.e, self.inner.T), self.outer.T)
 
-# %% ../nbs/22_lora2.ipynb #c50eeb6e
+# %% ../nbs/22_lora2.ipynb #c6f33b9d
 def skew(
     M:Tensor, # (r, n)
 ) -> Tensor: # ()
@@ -140,17 +141,17 @@ def pull(
     outer.grad += strength*(unskew(outer) + inner.T@through)
     inner.grad += strength*(unskew(inner) + through@outer.T)
 
-# %% ../nbs/22_lora2.ipynb #071f5207
+# %% ../nbs/22_lora2.ipynb #b2c8aa8d
 def budget(
     step:int,               # of training
     start:int, end:int,     # directions at the beginning, and at the end
     first:int, last:int,    # steps between which it falls
 ) -> int: # directions at this step
     "The cubic schedule of AdaLoRA"
-    left = 1 - min(max((step - first)/(last - first), 0.), 1.)
-    return round(end + (start - end)*left**3)
+    if step <= first or step >= last: return start if step < last else end
+    return round(end + (start - end)*(1 - (step - first)/(last - first))**3)
 
-# %% ../nbs/22_lora2.ipynb #50f757bd
+# %% ../nbs/22_lora2.ipynb #feff0478
 def lora_layers(
     model:PeftModel, # with a LoRA
 ) -> dict[str, LoraLayer]: # path in the base model: layer
@@ -185,13 +186,13 @@ def settle(
         config.rank_pattern[path] = rank
         layer.lora_alpha[name] = config.alpha_pattern[path] = layer.scaling[name]*(rank**.5 if config.use_rslora else rank)
 
-# %% ../nbs/22_lora2.ipynb #7f907cf0
+# %% ../nbs/22_lora2.ipynb #2d0e1eab
 class LoRA2(TrainerCallback):
     "LoRA² (arXiv 2408.06854) on a model with a LoRA, whose rank is the number of directions to begin with: a callback for its `Trainer`; `finish` when it is done"
     def __init__(self,
         model:PeftModel,            # with a LoRA, fresh or not; made two-scaled in place
         target:float=4,             # directions of a module at the end, on average
-        outer:int|None=None,        # dimensions of the planes; by default the rank
+        outer:int|None=None,        # dimensions of the subspaces; by default the rank
         strength:float=.001,        # of the pull towards orthonormal directions
         phases:tuple=(.1, .6),      # parts of the training at which cutting begins, and ends
         every:int=10,               # steps between two cuts
@@ -200,19 +201,21 @@ class LoRA2(TrainerCallback):
         self.target, self.outer, self.strength, self.phases, self.every = target, outer, strength, phases, every
         if not 0 <= phases[0] < phases[1] <= 1: raise ValueError(f'phases={phases}: cutting begins at the first part of the training and ends at the second, both between 0 and 1')
         self.directions = sum(layer.r[self.name] for layer in self.layers.values()) # cut or not
-        if not 0 < target*len(self.layers) <= self.directions: raise ValueError(f'{target:g} directions of a module are to be left of {self.directions/len(self.layers):g}: begin with a LoRA of higher rank')
-        self.pairs = [self.two_scales(layer) for layer in self.layers.values()] # what reads and what writes, of every layer
+        if not 0 < round(target*len(self.layers)) <= self.directions: raise ValueError(f'{target:g} directions of a module are to be left of {self.directions/len(self.layers):g}: begin with a LoRA of higher rank')
+        self.pairs = [self.two_scales(path, layer) for path, layer in self.layers.items()] # what reads and what writes, of every layer
         for layer, (right, left) in zip(self.layers.values(), self.pairs): layer.lora_A[self.name], layer.lora_B[self.name] = right, left
     @torch.no_grad()
     def two_scales(self,
-        layer:LoraLayer, # with a plain LoRA
+        path:str,           # for messages
+        layer:LoraLayer,    # with a plain LoRA
     ) -> tuple[Right, Left]:
-        "Its factors, taken apart"
+        "Its factors, taken apart; raises `ValueError` naming a layer that is too small"
         A, B = (side[self.name].weight for side in (layer.lora_A, layer.lora_B))
         V, Ut, e = take_apart(A.float(), B.float())
         k = self.outer or len(A)
-        return Right(V, k).to(A), Left(Ut, e, k).to(A)
-    def skew(self) -> float:
+        try: return Right(V, k).to(A), Left(Ut, e, k).to(A)
+        except ValueError as error: raise ValueError(f'{path}: {error}') from None
+    def rms_skew(self) -> float:
         "How far all directions are from orthonormal, the root of the mean over modules"
         with torch.no_grad(): return (sum(skew(p.rows) for pair in self.pairs for p in pair)/len(self.pairs)).sqrt().item()
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -225,7 +228,7 @@ class LoRA2(TrainerCallback):
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):
         "Cut, and after the last cut keep zero what was cut"
-        step, (first, last) = state.global_step + 1, (round(p*state.max_steps) for p in self.phases)
+        step, (first, last) = state.global_step + 1, (max(1, round(p*state.max_steps)) for p in self.phases)
         if step == last or first < step < last and not step%self.every:
             self.cut(budget(step, self.directions, round(self.target*len(self.layers)), first, last))
         if step >= last:
@@ -245,19 +248,19 @@ class LoRA2(TrainerCallback):
             left.kept.copy_(k[None])
             left.e.mul_(k)
     def ranks(self) -> dict[str, int]:
-        "Directions that each layer keeps"
-        return {path: int(left.kept.sum()) for path, (_, left) in zip(self.layers, self.pairs)}
+        "Directions of each layer that do something"
+        return {path: int(left.e.count_nonzero()) for path, (_, left) in zip(self.layers, self.pairs)}
     @torch.no_grad()
     def finish(self):
-        "Make plain LoRAs of what is left: the model computes the same, and PEFT saves it for anyone to load"
+        "Make plain LoRAs of what is left, more than `target` if training ended before the last cut: the model computes the same, and PEFT saves it for anyone to load"
         factors = {}
         for path, (right, left) in zip(self.layers, self.pairs):
-            at = left.kept[0].nonzero()[:, 0] if left.kept.any() else torch.tensor([0], device=left.e.device)
-            factors[path] = right.weight[at], (left.weight*left.kept)[:, at]
+            at = left.e[0].nonzero()[:, 0].tolist() or [0]
+            factors[path] = right.weight[at], left.weight[:, at]
         settle(self.model, self.layers, factors)
     def __repr__(self): return f'LoRA2(target={self.target}, outer={self.outer}, strength={self.strength}, phases={self.phases}, every={self.every})' 
 
-# %% ../nbs/22_lora2.ipynb #da858b32
+# %% ../nbs/22_lora2.ipynb #46056375
 def plot_ranks(
     ranks:dict[str, int],   # path of a module: directions that it keeps
     decoder:Decoder,        # the base model

@@ -5,7 +5,7 @@ from models import error, logits, random_adapter, random_decoder, tokens, whole
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_families import FAMILIES
 from test_finetune import ROWS
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from typer.testing import CliRunner
 from lorasuite.adapter import Adapter
 from lorasuite.alora import ALoRA, Gated, batch_of, reallocate
@@ -217,6 +217,34 @@ def test_an_interrupted_training_goes_on(decoder, rows, tmp_path):
         again = trained(checkpoints=tmp_path/str(stop))
         assert {p: len(A) for p, (A, _) in again.updates.items()} == {p: len(A) for p, (A, _) in whole_run.updates.items()} and error(whole(again), whole(whole_run)) < 1e-3
 
+@pytest.mark.parametrize('steps', [1, 2, 6])
+@pytest.mark.parametrize('kind', METHODS)
+def test_very_short_trainings(kind, steps, decoder, batch):
+    made = []
+    def method(model):
+        made.append(LoRA2(model, target=2, phases=(.1, .2)) if kind == 'lora2' else ALoRA(model, batch, rounds=2, phases=(0., 1.)))
+        return made[0]
+    moves = []
+    if kind == 'alora':
+        inner = method
+        def method(model):
+            made_one = inner(model)
+            move, made_one.move = made_one.move, lambda: moves.append(1) or move()
+            return made_one
+    finetune(decoder, ROWS, random_adapter(fresh(decoder, 3)), steps=steps, lr=1e-3, batch_size=8, method=method)
+    assert sum(made[0].ranks().values()) == {'lora2': 2, 'alora': 3}[kind]*28 and len(moves) == {'lora2': 0, 'alora': min(2, steps - 1)}[kind]
+
+def test_a_training_that_ends_early_is_exported_as_it_is(decoder, rows):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = state.global_step == 12
+    with random_adapter(fresh(decoder, 4)).on(decoder, trainable=True) as model:
+        made, ids = LoRA2(model, target=1, phases=(.1, .9), every=5), tokens()
+        fit(model, rows, decoder.tokenizer, 40, 3e-3, batch_size=8, callbacks=[made, Stop()])
+        with torch.no_grad():
+            two = model.eval()(ids).logits
+            made.finish()
+            assert error(model(ids).logits, two) < 1e-5 and sum(made.ranks().values()) > 28
+
 def test_micro_batches_make_no_difference(decoder, rows):
     def tuned(micro):
         torch.manual_seed(0)
@@ -232,14 +260,23 @@ def test_what_is_no_plain_lora_is_refused(config, message, kind, tokenizer, batc
     model = get_peft_model(random_decoder(tokenizer).model, LoraConfig(**(dict(target_modules=['q_proj']) | config)))
     with pytest.raises(ValueError, match=message): METHODS[kind](model, batch)
 
-@pytest.mark.parametrize('how, message', [(dict(target=5), '5 directions of a module are to be left of 4'), (dict(target=0), '0 directions'), (dict(phases=(.5, .2)), 'phases'), (dict(outer=3), 'has 4 to')])
+@pytest.mark.parametrize('how, message', [(dict(target=5), '5 directions of a module are to be left of 4'), (dict(target=0), '0 directions'), (dict(phases=(.5, .2)), 'phases'), (dict(outer=3), r'model\.layers\.0.*: a subspace for 4 directions in 64 dimensions has 4 to 64, not 3')])
 def test_settings_that_cannot_be(how, message, decoder):
     with fresh(decoder, 4).on(decoder, trainable=True) as model:
         with pytest.raises(ValueError, match=message): LoRA2(model, **dict(target=2) | how)
         with torch.no_grad(): model(tokens()) # the model still runs
         assert all(isinstance(m, torch.nn.Linear) for n, m in model.named_modules() if n.endswith('lora_A.default'))
 
+def test_a_layer_that_is_too_small_is_named(tokenizer):
+    model = get_peft_model(random_decoder(tokenizer, heads=4, kv_heads=1).model, LoraConfig(r=20, target_modules=['q_proj', 'k_proj']))
+    with pytest.raises(ValueError, match=r'k_proj: 20 directions are more than its 16 dimensions'): LoRA2(model, target=4)
+
 # ---- ALoRA
+
+@pytest.mark.parametrize('how, message', [(dict(room=.5), 'room for the rank'), (dict(phases=(.5, .5)), 'phases')])
+def test_settings_of_alora_that_cannot_be(how, message, decoder, batch):
+    with fresh(decoder, 2).on(decoder, trainable=True) as model:
+        with pytest.raises(ValueError, match=message): ALoRA(model, batch, **how)
 
 def test_importance_is_what_the_formula_says(decoder, batch):
     with random_adapter(fresh(decoder, 2)).on(decoder, trainable=True) as model:
