@@ -43,7 +43,6 @@ def split(
 ) -> tuple[Tensor, Tensor]: # outer (k, n), inner (r, k), both with orthonormal rows
     "Rows as a small matrix times a large one: a random subspace around them, and where they lie in it"
     r, n = rows.shape
-    if r > n: raise ValueError(f'{r} directions are more than its {n} dimensions: give it a lower rank')
     if not r <= k <= n: raise ValueError(f'a subspace for {r} directions in {n} dimensions has {r} to {n}, not {k}')
     plane = torch.linalg.qr(torch.cat([rows, torch.randn(k-r, n, device=rows.device, dtype=rows.dtype)]).T)[0].T
     outer = orthonormal(k, k, rows)@plane
@@ -211,6 +210,7 @@ class LoRA2(TrainerCallback):
     ) -> tuple[Right, Left]:
         "Its factors, taken apart; raises `ValueError` naming a layer that is too small"
         A, B = (side[self.name].weight for side in (layer.lora_A, layer.lora_B))
+        if len(A) > min(A.shape[1], len(B)): raise ValueError(f'{path}: {len(A)} directions are more than its {min(A.shape[1], len(B))} dimensions: give it a lower rank')
         V, Ut, e = take_apart(A.float(), B.float())
         k = self.outer or len(A)
         try: return Right(V, k).to(A), Left(Ut, e, k).to(A)
