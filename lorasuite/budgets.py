@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'PHASES', 'MEASURED', 'RATES', 'METHODS', 'BUDGETS', 'JOBS',
            'wide', 'config_of', 'learn_peft', 'learn_ours', 'learn', 'ranks_of', 'finalists', 'best', 'hop', 'run',
            'work', 'carried', 'tune', 'work_tuned', 'experiments']
 
-# %% ../nbs/25_budgets.ipynb #4e4bb249
+# %% ../nbs/25_budgets.ipynb #f2e8e544
 import os, random, statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,12 +28,12 @@ from .lab import DRAW, SEEDS, collect, kept_runs, specialist
 from .lora2 import LoRA2
 from .alora import ALoRA, batch_of
 
-# %% ../nbs/25_budgets.ipynb #3ac3e1b3
+# %% ../nbs/25_budgets.ipynb #70b07fea
 class Allocate(TrainerCallback):
     "Let AdaLoRA score and prune after every step"
     def on_optimizer_step(self, args, state, control, model=None, **kwargs): model.base_model.update_and_allocate(state.global_step)
 
-# %% ../nbs/25_budgets.ipynb #573adfb4
+# %% ../nbs/25_budgets.ipynb #5564a7f1
 STEPS = 300
 PHASES = (.1, .6)   # of the training: when ranks are moved
 MEASURED = 32       # examples that ALoRA keeps for its measurements
@@ -95,7 +95,7 @@ def learn(
     if method == 'alora': return learn_ours(budget, partial(ALoRA, batch=batch_of(data[:MEASURED], decoder.tokenizer), phases=PHASES), decoder, data[MEASURED:], *how)
     return learn_ours(budget, None, decoder, data, *how)
 
-# %% ../nbs/25_budgets.ipynb #f35c2419
+# %% ../nbs/25_budgets.ipynb #9b499cd7
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 METHODS = dict(lora=(None,), dora=(None,), adalora=(.5, .05), lora2=(.001, .1), alora=(None,)) # strengths of the pull
 BUDGETS = (1, 2, 4)
@@ -157,8 +157,8 @@ def work(
         for setting in finalists(rows): go('validation', *setting, DRAW + 1)
         for seed in SEEDS: go('test', *best(rows), seed)
 
-# %% ../nbs/25_budgets.ipynb #e5a70e33
-TUNED = {'lora': lambda model, batch: None, 'lora2': lambda model, batch: LoRA2(model, target=8, phases=PHASES), 'alora': lambda model, batch: ALoRA(model, batch, rounds=2, phases=PHASES)}
+# %% ../nbs/25_budgets.ipynb #eb1f2848
+TUNED = {'lora': lambda model, batch: None, 'lora2': lambda model, batch: LoRA2(model, target=8, phases=PHASES), 'alora': lambda model, batch: ALoRA(model, batch, rounds=1, phases=PHASES)}
 TUNING = (160, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)) # steps, learning rates
 
 @cache
@@ -197,7 +197,7 @@ def work_tuned(
         for setting in finalists(rows): go('validation', *setting, DRAW + 1)
         for seed in SEEDS: go('test', *best(rows), seed)
 
-# %% ../nbs/25_budgets.ipynb #64c2b64a
+# %% ../nbs/25_budgets.ipynb #8d9b6b12
 RESULTS = data_dir()/'budgets.json'
 
 def experiments(
