@@ -234,7 +234,7 @@ def fit(
     pack:bool=False,                    # lay examples end to end instead of padding them? `ValueError` if the model cannot keep them apart
     validation:Sequence[dict]|None=None,# encoded examples whose loss is measured at the start and ten times on the way
     checkpoints:str|os.PathLike|None=None, # directory for checkpoints: an interrupted run goes on from the last; `ValueError` if they are another run's
-    callbacks:Sequence[TrainerCallback]=(), # of `Trainer`, besides its own
+    callbacks:Sequence[TrainerCallback]=(), # of `Trainer`, besides its own; those that have a `repr` must have the same when a run goes on
     progress:bool=False,                # show a progress bar?
     **arguments,                        # further `TrainingArguments`; by default a tenth of the steps warms up, then the rate falls linearly
 ) -> Run: # loss at every step
@@ -248,7 +248,7 @@ def fit(
             eval_strategy='steps' if validation else 'no', eval_steps=max(1, steps//10), eval_on_start=bool(validation),
             **(DEFAULTS | dict(warmup_steps=steps//10) | precision(model) | arguments))
         args._n_gpu = min(args.n_gpu, 1) # one device a process
-        last = checkpoints and going_on(args, model, rows, (lr, batch_size, micro_batch, seed, loss, pack, *callbacks, arguments))
+        last = checkpoints and going_on(args, model, rows, (lr, batch_size, micro_batch, seed, loss, pack, [c for c in callbacks if type(c).__repr__ is not object.__repr__], arguments))
         trainer = Keeper(model, args, train_dataset=rows, eval_dataset=validation, data_collator=DataCollatorWithFlattening() if pack else DataCollatorForSeq2Seq(tokenizer, padding=True), compute_loss_func=loss, callbacks=[*callbacks])
         for unwanted in (PrinterCallback, ProgressCallback): trainer.remove_callback(unwanted)
         if progress: trainer.add_callback(Bar)
