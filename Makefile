@@ -23,7 +23,7 @@ test: .venv/dev
 	@if [ -x $(BIN)/smalldocs ] || command -v quarto; then $(BIN)/python tools/docs.py; \
 	 else echo "not built: needs quarto, or Python 3.11 or later for smalldocs"; fi
 	@echo "== tests pass"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 docs: .venv/dev
 	$(BIN)/python tools/docs.py
