@@ -215,17 +215,19 @@ def run(args):
     return result.stdout
 
 def launch(args):
-    "In two processes, on CPUs"
+    "In two processes, on CPUs, by the launcher that `accelerate launch` uses for several GPUs; on CPUs it starts but one"
     env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')} | dict(OMP_NUM_THREADS='1')
-    settings = ['--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
-    return subprocess.Popen([sys.executable, '-m', 'accelerate.commands.launch', *settings, '-m', 'lorasuite.cli', *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    settings = ['--nproc_per_node', '2', '--rdzv_backend', 'c10d', '--rdzv_endpoint', '127.0.0.1:0']
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', *settings, '-m', 'lorasuite.cli', *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def cut_short(process, folder):
     "Kill a training when it has written its first checkpoint"
     while not [*folder.glob('checkpoint-*/trainer_state.json')]:
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(.01)
-    for child in psutil.Process(process.pid).children(recursive=True):
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert sum('lorasuite.cli' in child.cmdline() for child in children) == 2
+    for child in children:
         with suppress(psutil.NoSuchProcess): child.kill()
     process.communicate(timeout=60)
 
@@ -241,6 +243,7 @@ def test_two_processes_do_what_one_does_also_when_interrupted(work):
     assert two.returncode == 0, err[-3000:]
     whole.append(json.loads(out)) # one object, though there are two processes
     assert all(said['steps'] == 60 and said['loss'] == pytest.approx(whole[0]['loss'], rel=1e-2) and said['trained'] == whole[0]['trained'] for said in whole)
+    assert error(tensors(work/'two'), tensors(work/'one')) > 0 # sums in another order
     one, handed_over, two, start = (tensors(p) for p in (work/'one', work/'handed-over', work/'two', data_dir()/'zoo'/'adapter'))
     for other in (two, handed_over): assert error(other, one) < 1e-2*error(one, start)
     assert {p.name for p in work.iterdir()} == {'data.jsonl', 'one', 'two', 'handed-over'}
@@ -274,3 +277,12 @@ def test_a_fresh_lora_from_the_command(work):
     made = Adapter.load(work/'out')
     assert said['steps'] == 2 and {len(A) for A, _ in made.updates.values()} == {3} and all(p.endswith('down_proj') for p in made.updates) and len(made.updates) == 4
     assert said['trained'] == sum(t.numel() for ab in made.updates.values() for t in ab) and any(made.norm(p) for p in made.updates)
+
+def test_two_processes_prune_alike(work):
+    prune = lambda out: command(work, out, '--prune', '8', '--lr', '3e-3')
+    two = launch(prune('two'))
+    run(prune('one'))
+    out, err = two.communicate(timeout=240)
+    assert two.returncode == 0, err[-3000:]
+    one, two = (Adapter.load(work/out) for out in ('one', 'two'))
+    assert {p: len(A) for p, (A, _) in one.updates.items()} == {p: len(A) for p, (A, _) in two.updates.items()} and error(whole(two), whole(one)) < 1e-2
