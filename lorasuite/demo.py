@@ -67,7 +67,7 @@ def sweep(
     rows:list[dict],# of the runs so far
 ):
     "A plan to `record`: every setting of every trained arm on validation questions, and the arm with all labels on those of the test"
-    tried = [(name, way, 'validation', *setting, DRAW + k) for name, way in ARMS.items() if way and way.trained for setting in grid(way) for k in range(1 + way.few)]
+    tried = [(name, way, 'validation', *setting, DRAW + k) for name, way in ARMS.items() if way and way.trained for setting in grid(way, (160,) if way.few else (400, 1200)) for k in range(1 + way.few)]
     for how in tqdm(tried, cell.hop): do(*how)
     everything = 'lora-all', ARMS['lora-all']
     for seed in tqdm(SEEDS, f'{cell.hop}, all labels'): do(*everything, 'test', *best_setting(rows, *everything), seed)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['HOPS', 'RANK', 'STARTS', 'ALIGNED', 'DRAWN', 'WAYS', 'RATES', 'STEPS', 'EQUAL', 'SEEDS', 'DRAW', 'RUN', 'CELLS',
            'FIRST', 'TUNED', 'OTHERS', 'LIKE', 'WHERE', 'COUNTS', 'INPUTS', 'RESULTS', 'PACKAGES', 'grown', 'base',
-           'specialist', 'change', 'Way', 'Cell', 'learn', 'run', 'grid', 'best_setting', 'alone', 'homes', 'curve',
-           'plan', 'kinship', 'signs', 'observed', 'kept_runs', 'record', 'work', 'collect', 'prepare', 'experiments']
+           'specialist', 'change', 'Way', 'Cell', 'learn', 'run', 'grid', 'scores', 'tune', 'best_setting', 'alone',
+           'homes', 'lengthened', 'curve', 'plan', 'kinship', 'signs', 'observed', 'kept_runs', 'record', 'work',
+           'collect', 'shared', 'keep', 'experiments']
 
 # %% ../nbs/16_lab.ipynb #f7456fc5
 import json, os, random, statistics, time
@@ -223,18 +224,39 @@ def run(
 
 # %% ../nbs/16_lab.ipynb #26e5f8c1
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-STEPS = dict(few=160, many=400, long=1200) # of ways with at most a hundred examples; of all others; of the adapter that is carried
+STEPS = (120, 400, 800) # of a training; the longer ones where many examples can fill them and fewer steps are not enough
 EQUAL = .02 # of accuracies: three of the validation questions
 SEEDS = range(5)
 DRAW = 100 # seeds of validation runs begin here
 RUN = ('way', 'split', 'steps', 'lr', 'seed') # what makes a run of a cell what it is
 
 def grid(
-    way:Way, # that is trained
+    way:Way,                # that is trained
+    steps:tuple=STEPS,      # lengths of a training
 ) -> list[tuple[int, float]]: # steps, learning rate
-    "The settings to try"
-    if way.few: return [(0, 0.)] + [(STEPS['few'], lr) for lr in RATES[:-1]] if way.start else [(STEPS['few'], lr) for lr in RATES[1:]]
-    return [(STEPS['many'], lr) for lr in (RATES[1:4] if way.start else RATES[2:5])] + [(STEPS['long'], RATES[3])]
+    "The settings to try, the longer trainings last"
+    if way.few: return [(0, 0.)] + [(steps[0], lr) for lr in RATES[:-1]] if way.start else [(steps[0], lr) for lr in RATES[1:]]
+    return [(steps[0], lr) for lr in (RATES[1:4] if way.start else RATES[2:5])] + [(n, RATES[3]) for n in steps[1:]]
+
+def scores(
+    rows:list[dict],# runs of one cell
+    name:str,       # of a way
+) -> dict[tuple[int, float], float]: # steps and learning rate, in order: mean accuracy
+    "What the settings of a way are worth on validation questions"
+    tried = {}
+    for r in rows:
+        if (r['way'], r['split']) == (name, 'validation'): tried.setdefault((r['steps'], r['lr']), []).append(r['accuracy'])
+    return {setting: statistics.mean(xs) for setting, xs in sorted(tried.items())}
+
+def tune(
+    go:Callable,                        # makes the runs of a setting, or finds them done: steps, lr
+    rows:list[dict],                    # of the runs so far
+    name:str,                           # of a way
+    settings:list[tuple[int, float]],   # to try
+):
+    "Try settings; a longer training only where no shorter one comes within `EQUAL` of all answers right"
+    for steps, lr in settings:
+        if max((x for (n, _), x in scores(rows, name).items() if 0 < n < steps), default=0) < 1 - EQUAL: go(steps, lr)
 
 def best_setting(
     rows:list[dict],    # runs of one cell
@@ -243,11 +265,8 @@ def best_setting(
     equal:float=EQUAL,  # accuracies that differ by no more count as equal
 ) -> tuple[int, float]: # steps, learning rate
     "Of the settings that are equal to the one with the highest mean accuracy on validation questions the gentlest; for a fresh LoRA the best, the boldest of several"
-    scores, (equal, chosen) = {}, (equal, 0) if way.start else (0, -1)
-    for r in rows:
-        if (r['way'], r['split']) == (name, 'validation'): scores.setdefault((r['steps'], r['lr']), []).append(r['accuracy'])
-    means = {s: statistics.mean(xs) for s, xs in sorted(scores.items())}
-    return [s for s, m in means.items() if m >= max(means.values()) - equal][chosen]
+    (equal, chosen), tried = (equal, 0) if way.start else (0, -1), scores(rows, name)
+    return [s for s, x in tried.items() if x >= max(tried.values()) - equal][chosen]
 
 # %% ../nbs/16_lab.ipynb #c10e5334
 CELLS = [(hop, task) for hop in HOPS for task in ('labels', 'sums')]
@@ -255,7 +274,7 @@ FIRST = 'far'                       # the hop of all comparisons and curves
 TUNED = (FIRST, 'stranger', 'new')  # hops with settings of their own
 OTHERS = ('sibling', 'back', 'far_back', 'strange_back', 'short') # hops where what an adapter teaches or begins takes the settings of another hop; on the rest nothing is trained
 LIKE = {hop: FIRST for hop in HOPS if hop != FIRST} | {'strange_back': 'stranger'} # whose: what begins with the ruins of an adapter learns otherwise than what begins with an adapter
-WHERE = {'specialists': (FIRST, 'new'), 'paper+100': (FIRST, 'new'), 'lora-all': (*TUNED, 'back'), 'refresh': (FIRST, 'stranger'), 'union': (FIRST,), 'refitted+all': (FIRST,)} # ways that are not gone everywhere
+WHERE = dict.fromkeys(('specialists', 'paper+100', 'union'), (FIRST, 'new')) | dict.fromkeys(('lora-100', 'lora-all'), (*TUNED, 'back')) | {'refresh': (FIRST, 'stranger'), 'refitted+all': (FIRST,)} # ways that are not gone everywhere
 COUNTS = (10, 30, 300, 1000)                # labels of its curve, besides 0, 100 and all
 INPUTS = (100,)                             # inputs without labels of its curve, besides all
 
@@ -270,6 +289,12 @@ def homes(
     "Where the ways that know only the new model are gone"
     first = {}
     return {hop: first.setdefault(new, hop) for hop, (_, new) in HOPS.items() if hop in (*TUNED, *OTHERS)}
+
+def lengthened(
+    setting:tuple[int, float], # steps, learning rate
+) -> list[tuple[int, float]]: # settings to try
+    "A setting of another hop, and longer trainings"
+    return [setting] + [(steps, RATES[3]) for steps in STEPS if steps > setting[0]]
 
 def curve(
     labels:int, # how many there are
@@ -291,12 +316,13 @@ def plan(
             for seed in SEEDS if name in DRAWN else [0]: do(name, way, 'test', 0, 0., seed)
         elif cell.hop in WHERE.get(name, (*TUNED, *OTHERS)) and not (alone(way) and homes()[cell.hop] != cell.hop):
             own = cell.hop in TUNED or alone(way)
-            if own:
-                for setting in grid(way): do(name, way, 'validation', *setting, DRAW)
-            for seed in SEEDS: do(name, way, 'test', *best_setting(rows if own else like, name, way), seed)
+            settings = grid(way) if own else lengthened(best_setting(like, name, way)) if not way.few else []
+            tune(lambda *setting: do(name, way, 'validation', *setting, DRAW), rows, name, settings)
+            for seed in SEEDS: do(name, way, 'test', *best_setting(rows if settings else like, name, way), seed)
     if cell.hop == FIRST:
         for name, way, like in curve(len(cell.data['train'])):
             for seed in SEEDS[:3]: do(name, way, 'test', *best_setting(rows, like, way), seed)
+        for seed in SEEDS: do('lora-100-longer', WAYS['lora-100'], 'test', STEPS[1], RATES[3], seed) # were the few steps too few?
 
 def kinship(
     old:Decoder, new:Decoder,   # both models
@@ -360,7 +386,6 @@ def work(
     place:Path,         # where the laboratory keeps models and runs
 ):
     "Record a cell"
-    torch.set_num_threads(1)
     runs = lambda h: place/'runs'/f'{h}-{task}.jsonl'
     record(Cell(hop, task, place), runs(hop), lambda cell, do, rows: plan(cell, do, rows, read_json(runs(LIKE[hop])) if hop in LIKE else rows))
 
@@ -380,12 +405,20 @@ def collect(
         part.write_text(json.dumps(head)[:-1] + ', "runs": [\n' + ',\n'.join(map(json.dumps, rows)) + '\n]}\n')
         part.replace(file)
 
-def prepare(
+def shared(
     place:Path, # where the laboratory keeps its models
+) -> list[tuple]: # what makes it, and of what
+    "The models and adapters that several cells need"
+    models = dict.fromkeys(name for pair in HOPS.values() for name in pair)
+    adapters = dict.fromkeys((HOPS[hop][0], task, place, seed) for hop, task in CELLS for seed in (SEEDS if hop in WHERE['specialists'] else [0]))
+    return [(base, name, place) for name in models] + [(specialist, *adapter) for adapter in adapters]
+
+def keep(
+    make:Callable,  # makes something and keeps it on the disk
+    *what,          # its arguments
 ):
-    "Make the models and adapters that several cells need"
-    for name in dict.fromkeys(b for pair in HOPS.values() for b in pair): base(name, place)
-    for name, task in dict.fromkeys((HOPS[hop][0], task) for hop, task in CELLS): specialist(name, task, place)
+    "Make something that another process will read"
+    make(*what)
 
 def experiments(
     place:Path=Path('build/lab'),   # where the laboratory keeps models and runs
@@ -393,10 +426,11 @@ def experiments(
 ):
     "Make all runs of the laboratory; interrupted, it goes on with what is missing"
     place.mkdir(parents=True, exist_ok=True)
-    prepare(place)
-    with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool, tqdm(desc='cells', total=len(CELLS)) as bar:
-        cells = {pool.submit(work, hop, task, place): (hop, task) for hop, task in CELLS if hop not in LIKE}
+    with ProcessPoolExecutor(workers, mp_context=get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
+            for made in tqdm([pool.submit(keep, *what) for what in shared(place)], desc='models and specialists'): made.result()
+            bar = tqdm(desc='cells', total=len(CELLS))
+            cells = {pool.submit(work, hop, task, place): (hop, task) for hop, task in CELLS if hop not in LIKE}
             while cells: # the others wait for the settings of the one that they are like
                 for done in wait(cells, return_when=FIRST_COMPLETED).done:
                     done.result()

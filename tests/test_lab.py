@@ -1,6 +1,7 @@
 """The laboratory: what it plans, what it keeps, and that it goes on where it was interrupted"""
-import importlib, json, random, statistics
-import pytest, torch
+import importlib, json, random
+from concurrent.futures import Future
+import pytest
 from lorasuite.finetune import read_json
 
 lab = importlib.import_module('lorasuite.lab')
@@ -27,7 +28,7 @@ def test_every_way_is_tuned_before_it_is_tested(no_starts, tmp_path):
     for name, setting in best.items():
         mine = [r for r in rows if r['way'] == name]
         tried, tested = ([(r['steps'], r['lr']) for r in mine if r['split'] == s] for s in ('validation', 'test'))
-        assert tried == lab.grid(lab.WAYS[name]) and tested == [setting]*len(lab.SEEDS)
+        assert tried == [s for s in lab.grid(lab.WAYS[name]) if s[0] <= max(setting[0], lab.STEPS[0])] and tested == [setting]*len(lab.SEEDS)
         assert [r['split'] for r in mine] == sorted((r['split'] for r in mine), reverse=True)
     assert not {r['seed'] for r in rows if r['split'] == 'validation'} & {r['seed'] for r in rows if r['split'] == 'test'}
 
@@ -38,27 +39,48 @@ def test_zero_steps_are_in_the_grid_of_every_carried_start():
 def test_the_curve_uses_the_settings_of_its_neighbours(no_starts, tmp_path):
     rows = pretended(lab.Cell(lab.FIRST, 'labels', tmp_path), lambda name, split, steps, lr, seed: 10*lr)
     setting = lambda name: {(r['steps'], r['lr']) for r in rows if r['way'] == name and r['split'] == 'test'}
-    assert setting('lora-10') == setting('lora-30') == setting('lora-100') == {(lab.STEPS['few'], lab.RATES[-1])}
-    assert setting('refresh-100') == setting('refresh') == {(lab.STEPS['many'], lab.RATES[4])} and setting('refitted+refresh-100') == setting('refitted+refresh')
+    assert setting('lora-10') == setting('lora-30') == setting('lora-100') == {(lab.STEPS[0], lab.RATES[-1])}
+    assert setting('refresh-100') == setting('refresh') == {(lab.STEPS[0], lab.RATES[4])} and setting('refitted+refresh-100') == setting('refitted+refresh')
     assert setting('refitted+300') == setting('refitted+all') != setting('lora-300') == setting('lora-all')
     assert len([r for r in rows if r['way'] == 'lora-300']) == 3
+    assert setting('lora-100-longer') == {(lab.STEPS[1], lab.RATES[3])}
 
 def test_what_comes_from_the_old_adapter_takes_the_settings_of_the_first_hop(no_starts, tmp_path):
-    first = [dict(way=w, split='validation', steps=7, lr=.5, accuracy=1.) for w in lab.WAYS]
+    first = [dict(way=w, split='validation', steps=7, lr=.5, accuracy=.5) for w in lab.WAYS]
     def planned(hop):
         rows = []
         def do(name, way, *how):
             rows.append(dict(zip(lab.RUN, (name, *how)), accuracy=.5))
         lab.plan(lab.Cell(hop, 'labels', tmp_path), do, rows, first)
         return [r for r in rows if r['way'] not in lab.WAYS or lab.WAYS[r['way']].trained]
-    for hop, ways in dict(short={'lora-100', 'refitted+100', 'refitted+refresh'}, back={'lora-100', 'refitted+100', 'refitted+refresh', 'lora-all'}, far_back={'refitted+100', 'refitted+refresh'}, itself=set(), enlarged=set()).items():
+    for hop, ways in dict(short={'refitted+100', 'refitted+refresh'}, back={'lora-100', 'refitted+100', 'refitted+refresh', 'lora-all'}, far_back={'refitted+100', 'refitted+refresh'}, itself=set(), enlarged=set()).items():
         rows = planned(hop)
         tested, tuned = [r for r in rows if r['split'] == 'test'], {r['way'] for r in rows if r['split'] == 'validation'}
-        assert {r['way'] for r in tested} == ways and len(tested) == len(ways)*len(lab.SEEDS) and tuned == ways & {'lora-100', 'lora-all'}
-        assert {(r['steps'], r['lr']) == (7, .5) for r in tested if r['way'] not in tuned} <= {True} and not any(r['steps'] == 7 for r in tested if r['way'] in tuned)
+        assert {r['way'] for r in tested} == ways and len(tested) == len(ways)*len(lab.SEEDS) and tuned == ways - {'refitted+100'}
+        setting = {r['way']: (r['steps'], r['lr']) for r in tested}
+        assert all(setting[w] == (7, .5) for w in ways & {'refitted+100', 'refitted+refresh'}) and not any(setting[w] == (7, .5) for w in ways & {'lora-100', 'lora-all'})
+        assert [(r['steps'], r['lr']) for r in rows if r['split'] == 'validation' and r['way'] == 'refitted+refresh'] == ([(7, .5)] + [(n, lab.RATES[3]) for n in lab.STEPS] if ways else [])
     for hop in lab.TUNED:
         ways = {split: {r['way'] for r in planned(hop) if r['split'] == split} for split in ('validation', 'test')}
         assert ways['validation'] == {w for w in ways['test'] if w in lab.WAYS} >= {'lora-100', 'refitted+100', 'refitted+refresh', 'lora-all'}
+
+@pytest.mark.parametrize('way', ['refresh', 'refitted+refresh', 'lora-all'])
+def test_a_longer_training_is_tried_only_where_it_can_gain(way):
+    "And a laboratory that goes on with longer ones already recorded tries the same"
+    grid, (first, second, third) = lab.grid(lab.WAYS[way]), lab.STEPS
+    def tried(accuracy, recorded=()):
+        rows, gone = [*recorded], []
+        def go(steps, lr):
+            gone.append((steps, lr))
+            rows.append(dict(way=way, split='validation', steps=steps, lr=lr, accuracy=accuracy(steps, lr)))
+        lab.tune(go, rows, way, grid)
+        return gone, rows
+    short = [s for s in grid if s[0] == first]
+    assert tried(lambda steps, lr: .5)[0] == grid and [s for s, _ in grid[len(short):]] == [second, third]
+    assert tried(lambda steps, lr: float((steps, lr) == short[1]))[0] == short
+    assert tried(lambda steps, lr: 1 - lab.EQUAL if steps == second else 0.)[0] == grid[:-1]
+    gone, rows = tried(lambda steps, lr: steps/third)
+    assert gone == grid == tried(lambda steps, lr: steps/third, rows)[0]
 
 def test_the_gentlest_of_equal_settings_is_chosen():
     row = lambda steps, lr, accuracy, split='validation': dict(way='w', split=split, steps=steps, lr=lr, accuracy=accuracy)
@@ -80,8 +102,7 @@ def test_hops_between_strangers_have_settings_of_strangers(monkeypatch, tmp_path
 def test_an_interrupted_cell_goes_on(monkeypatch, tmp_path):
     made, few = [], {n: lab.WAYS[n] for n in ('base', 'carried', 'lora-100')}
     monkeypatch.setattr(lab, 'WAYS', few)
-    monkeypatch.setattr(lab, 'STEPS', dict(few=1, many=1))
-    monkeypatch.setattr(lab, 'RATES', (1e-4, 1e-3))
+    monkeypatch.setattr(lab, 'grid', lambda *_: [(1, 1e-3)])
     monkeypatch.setattr(lab, 'SEEDS', range(1))
     really = lab.run
     def run(*args):
@@ -91,15 +112,12 @@ def test_an_interrupted_cell_goes_on(monkeypatch, tmp_path):
     monkeypatch.setattr(lab, 'run', run)
     (tmp_path/'runs').mkdir()
     (tmp_path/'runs'/f'{lab.FIRST}-questions.jsonl').write_text('')
-    threads = torch.get_num_threads()
-    try:
-        with pytest.raises(KeyboardInterrupt): lab.work('new', 'questions', tmp_path)
-        file = tmp_path/'runs'/'new-questions.jsonl'
-        kept = file.read_text()
-        assert [r['way'] for r in read_json(file)] == ['signs', 'base', 'carried']
-        made.append(None)
-        lab.work('new', 'questions', tmp_path)
-    finally: torch.set_num_threads(threads)
+    with pytest.raises(KeyboardInterrupt): lab.work('new', 'questions', tmp_path)
+    file = tmp_path/'runs'/'new-questions.jsonl'
+    kept = file.read_text()
+    assert [r['way'] for r in read_json(file)] == ['signs', 'base', 'carried']
+    made.append(None)
+    lab.work('new', 'questions', tmp_path)
     rows = read_json(file)
     assert file.read_text().startswith(kept) and [r['way'] for r in rows] == ['signs', 'base', 'carried', 'lora-100', 'lora-100'] and len(made) == 5
     signs = rows[0]
@@ -111,6 +129,36 @@ def test_results_are_kept_with_what_made_them(tmp_path):
     kept = json.loads((tmp_path/'lab.json').read_text())
     assert kept['command'] == 'make experiments' and kept['versions'].keys() == {*lab.PACKAGES} and [r['hop'] for r in kept['runs']] == ['a', 'b']
     assert [p.name for p in tmp_path.iterdir() if p.suffix == '.part'] == []
+
+def test_specialists_are_made_once_for_all_cells(tmp_path):
+    adapters = [what for make, *what in lab.shared(tmp_path) if make is lab.specialist]
+    assert len(adapters) == len({*map(tuple, adapters)})
+    needed = {(lab.HOPS[hop][0], task, tmp_path, 0) for hop, task in lab.CELLS}
+    assert needed <= {*map(tuple, adapters)} and {seed for name, *_, seed in adapters if name == 'zoo/old'} == {*lab.SEEDS} and {seed for name, *_, seed in adapters if name != 'zoo/old'} == {0}
+    models = [name for make, name, *_ in lab.shared(tmp_path) if make is lab.base]
+    assert sorted(models) == sorted({name for pair in lab.HOPS.values() for name in pair})
+
+def test_all_cells_are_gone_each_after_the_one_that_it_is_like(monkeypatch, tmp_path):
+    order = []
+    class Here(lab.ProcessPoolExecutor):
+        "Does the work at once"
+        def __init__(self, *args, **kwargs): pass
+        def submit(self, f, *what):
+            done = Future()
+            done.set_result(f(*what))
+            return done
+        def shutdown(self, *args, **kwargs): pass
+    def work(hop, task, place):
+        order.append((hop, task))
+        (place/'runs').mkdir(exist_ok=True)
+        (place/'runs'/f'{hop}-{task}.jsonl').write_text(json.dumps(dict(hop=hop, task=task)))
+    monkeypatch.setattr(lab, 'ProcessPoolExecutor', Here)
+    monkeypatch.setattr(lab, 'shared', lambda place: [])
+    monkeypatch.setattr(lab, 'work', work)
+    monkeypatch.setattr(lab, 'RESULTS', tmp_path/'lab.json')
+    lab.experiments(tmp_path)
+    assert sorted(order) == sorted(lab.CELLS) and all(order.index((lab.LIKE[h], t)) < order.index((h, t)) for h, t in lab.CELLS if h in lab.LIKE)
+    assert [(r['hop'], r['task']) for r in json.loads((tmp_path/'lab.json').read_text())['runs']] == lab.CELLS
 
 def test_hops_are_as_far_as_they_say(tmp_path):
     drift = {hop: lab.Cell(hop, 'labels', tmp_path).drift for hop in ('itself', 'stranger', 'new', 'far', 'far_back')}
