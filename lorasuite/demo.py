@@ -70,7 +70,7 @@ def sweep(
     tried = [(name, way, 'validation', *setting, DRAW + k) for name, way in ARMS.items() if way and way.trained for setting in grid(way, (160,) if way.few else (400, 1200)) for k in range(1 + way.few)]
     for how in tqdm(tried, cell.hop): do(*how)
     everything = 'lora-all', ARMS['lora-all']
-    for seed in tqdm(SEEDS, f'{cell.hop}, all labels'): do(*everything, 'test', *best_setting(rows, *everything), seed)
+    for seed in tqdm(SEEDS, f'{cell.hop}, all labels'): do(*everything, 'test', *best_setting(rows, *everything, equal=0), seed)
 
 @cache
 def runs(

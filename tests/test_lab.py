@@ -1,7 +1,7 @@
 """The laboratory: what it plans, what it keeps, and that it goes on where it was interrupted"""
 import importlib, json, random
 from concurrent.futures import Future
-import pytest
+import pytest, torch
 from lorasuite.finetune import read_json
 
 lab = importlib.import_module('lorasuite.lab')
@@ -28,7 +28,8 @@ def test_every_way_is_tuned_before_it_is_tested(no_starts, tmp_path):
     for name, setting in best.items():
         mine = [r for r in rows if r['way'] == name]
         tried, tested = ([(r['steps'], r['lr']) for r in mine if r['split'] == s] for s in ('validation', 'test'))
-        assert tried == [s for s in lab.grid(lab.WAYS[name]) if s[0] <= max(setting[0], lab.STEPS[0])] and tested == [setting]*len(lab.SEEDS)
+        enough = lab.WAYS[name].start and setting[0] # no longer one is needed
+        assert tried == [s for s in lab.grid(lab.WAYS[name]) if not enough or s[0] <= enough] and tested == [setting]*len(lab.SEEDS)
         assert [r['split'] for r in mine] == sorted((r['split'] for r in mine), reverse=True)
     assert not {r['seed'] for r in rows if r['split'] == 'validation'} & {r['seed'] for r in rows if r['split'] == 'test'}
 
@@ -36,51 +37,62 @@ def test_zero_steps_are_in_the_grid_of_every_carried_start():
     for name, way in lab.WAYS.items():
         if way.few: assert ((0, 0.) in lab.grid(way)) == bool(way.start), name
 
+def test_what_is_retrained_is_trained_as_long_as_a_specialist():
+    "And a hundred labels are not learned longer than lessons, whatever it starts from"
+    last = {name: lab.grid(way)[-1] for name, way in lab.WAYS.items() if way.trained}
+    assert last['lora-all'] == lab.LONG and max(last.values()) == lab.LONG
+    assert {steps for name, (steps, _) in last.items() if lab.WAYS[name].few} == {lab.STEPS[1]} and last['refresh'] == last['refitted+refresh'] == last['union']
+
 def test_the_curve_uses_the_settings_of_its_neighbours(no_starts, tmp_path):
     rows = pretended(lab.Cell(lab.FIRST, 'labels', tmp_path), lambda name, split, steps, lr, seed: 10*lr)
     setting = lambda name: {(r['steps'], r['lr']) for r in rows if r['way'] == name and r['split'] == 'test'}
     assert setting('lora-10') == setting('lora-30') == setting('lora-100') == {(lab.STEPS[0], lab.RATES[-1])}
-    assert setting('refresh-100') == setting('refresh') == {(lab.STEPS[0], lab.RATES[4])} and setting('refitted+refresh-100') == setting('refitted+refresh')
+    assert setting('refresh-100') == setting('lora-100') != setting('refresh') == {(lab.STEPS[0], lab.RATES[4])} and setting('refitted+refresh-100') == setting('refitted+refresh')
     assert setting('refitted+300') == setting('refitted+all') != setting('lora-300') == setting('lora-all')
     assert len([r for r in rows if r['way'] == 'lora-300']) == 3
-    assert setting('lora-100-longer') == {(lab.STEPS[1], lab.RATES[3])}
 
-def test_what_comes_from_the_old_adapter_takes_the_settings_of_the_first_hop(no_starts, tmp_path):
+def test_other_hops_take_the_settings_of_the_first(no_starts, tmp_path):
     first = [dict(way=w, split='validation', steps=7, lr=.5, accuracy=.5) for w in lab.WAYS]
     def planned(hop):
         rows = []
-        def do(name, way, *how):
-            rows.append(dict(zip(lab.RUN, (name, *how)), accuracy=.5))
+        def do(name, way, *how): rows.append(dict(zip(lab.RUN, (name, *how)), accuracy=.5))
         lab.plan(lab.Cell(hop, 'labels', tmp_path), do, rows, first)
         return [r for r in rows if r['way'] not in lab.WAYS or lab.WAYS[r['way']].trained]
-    for hop, ways in dict(short={'refitted+100', 'refitted+refresh'}, back={'lora-100', 'refitted+100', 'refitted+refresh', 'lora-all'}, far_back={'refitted+100', 'refitted+refresh'}, itself=set(), enlarged=set()).items():
+    carried, longer = {'refitted+100', 'refitted+refresh'}, [(7, .5)] + [(n, lab.RATES[3]) for n in lab.STEPS]
+    for hop, ways in dict(back=carried | {'lora-100', 'lora-all'}, far_back=carried, strange_back=carried, short=set(), itself=set(), enlarged=set()).items():
         rows = planned(hop)
-        tested, tuned = [r for r in rows if r['split'] == 'test'], {r['way'] for r in rows if r['split'] == 'validation'}
-        assert {r['way'] for r in tested} == ways and len(tested) == len(ways)*len(lab.SEEDS) and tuned == ways - {'refitted+100'}
-        setting = {r['way']: (r['steps'], r['lr']) for r in tested}
-        assert all(setting[w] == (7, .5) for w in ways & {'refitted+100', 'refitted+refresh'}) and not any(setting[w] == (7, .5) for w in ways & {'lora-100', 'lora-all'})
-        assert [(r['steps'], r['lr']) for r in rows if r['split'] == 'validation' and r['way'] == 'refitted+refresh'] == ([(7, .5)] + [(n, lab.RATES[3]) for n in lab.STEPS] if ways else [])
+        tested, tuned = [r for r in rows if r['split'] == 'test'], [r for r in rows if r['split'] == 'validation']
+        assert {r['way'] for r in tested} == ways and len(tested) == len(ways)*len(lab.SEEDS)
+        for way in ways:
+            tried = [(r['steps'], r['lr']) for r in tuned if r['way'] == way]
+            assert tried == ([] if lab.WAYS[way].few else longer)
+            assert {(r['steps'], r['lr']) for r in tested if r['way'] == way} == {longer[-1] if way == 'lora-all' else (7, .5)}
     for hop in lab.TUNED:
-        ways = {split: {r['way'] for r in planned(hop) if r['split'] == split} for split in ('validation', 'test')}
-        assert ways['validation'] == {w for w in ways['test'] if w in lab.WAYS} >= {'lora-100', 'refitted+100', 'refitted+refresh', 'lora-all'}
+        rows = planned(hop)
+        for way in {r['way'] for r in rows} & {*lab.WAYS}:
+            assert [(r['steps'], r['lr']) for r in rows if r['way'] == way and r['split'] == 'validation'] == (longer if hop not in lab.OWN.get(way, lab.TUNED) else lab.grid(lab.WAYS[way])), (hop, way)
 
-@pytest.mark.parametrize('way', ['refresh', 'refitted+refresh', 'lora-all'])
-def test_a_longer_training_is_tried_only_where_it_can_gain(way):
-    "And a laboratory that goes on with longer ones already recorded tries the same"
-    grid, (first, second, third) = lab.grid(lab.WAYS[way]), lab.STEPS
+def test_nothing_is_tried_where_no_training_is_longer():
+    assert lab.lengthened(lab.LONG) == lab.lengthened((lab.STEPS[-1], lab.RATES[3])) == [] and lab.lengthened((400, 1e-3)) == [(400, 1e-3), (800, lab.RATES[3])]
+
+@pytest.mark.parametrize('way', ['refresh', 'refitted+refresh', 'lora-all', 'lora-100', 'refitted+100'])
+def test_a_longer_training_of_what_was_carried_is_tried_only_where_it_can_gain(way):
+    "And a laboratory that goes on with longer ones already recorded tries the same; a fresh LoRA tries all"
+    grid = lab.grid(lab.WAYS[way])
     def tried(accuracy, recorded=()):
         rows, gone = [*recorded], []
         def go(steps, lr):
             gone.append((steps, lr))
             rows.append(dict(way=way, split='validation', steps=steps, lr=lr, accuracy=accuracy(steps, lr)))
-        lab.tune(go, rows, way, grid)
+        lab.tune(go, rows, way, lab.WAYS[way], grid)
         return gone, rows
-    short = [s for s in grid if s[0] == first]
-    assert tried(lambda steps, lr: .5)[0] == grid and [s for s, _ in grid[len(short):]] == [second, third]
-    assert tried(lambda steps, lr: float((steps, lr) == short[1]))[0] == short
-    assert tried(lambda steps, lr: 1 - lab.EQUAL if steps == second else 0.)[0] == grid[:-1]
-    gone, rows = tried(lambda steps, lr: steps/third)
-    assert gone == grid == tried(lambda steps, lr: steps/third, rows)[0]
+    short, last = [s for s in grid if s[0] in (0, lab.STEPS[0])], grid[-1][0]
+    assert tried(lambda steps, lr: .5)[0] == grid != short
+    assert tried(lambda steps, lr: float((steps, lr) == short[1]))[0] == (short if lab.WAYS[way].start else grid)
+    assert tried(lambda steps, lr: 0. if steps else 1.)[0] == grid # zero steps are no training
+    assert tried(lambda steps, lr: 1 - lab.EQUAL if steps == grid[-2][0] else 0.)[0] == (grid[:-1] if lab.WAYS[way].start else grid)
+    gone, rows = tried(lambda steps, lr: steps/last)
+    assert gone == grid == tried(lambda steps, lr: steps/last, rows)[0]
 
 def test_the_gentlest_of_equal_settings_is_chosen():
     row = lambda steps, lr, accuracy, split='validation': dict(way='w', split=split, steps=steps, lr=lr, accuracy=accuracy)
@@ -90,6 +102,7 @@ def test_the_gentlest_of_equal_settings_is_chosen():
     assert best(row(160, 1e-3, .9), row(160, 1e-3, .1), row(0, 0., .6)) == (0, 0.)
     assert best(row(160, 1e-3, .9, 'test'), row(0, 0., .1)) == (0, 0.)
     assert best(row(160, 1e-3, .5), row(160, 1e-4, .49), start=None) == best(row(160, 1e-3, .5), row(160, 1e-4, .5), start=None) == (160, 1e-3) # a fresh LoRA loses nothing
+    assert best(row(160, 1e-3, .5), row(400, 1e-4, .49), start=None) == (400, 1e-4) and best(row(160, 1e-3, .5), row(400, 1e-4, .4), start=None) == (160, 1e-3)
 
 def test_hops_between_strangers_have_settings_of_strangers(monkeypatch, tmp_path):
     asked = {}
@@ -137,6 +150,26 @@ def test_specialists_are_made_once_for_all_cells(tmp_path):
     assert needed <= {*map(tuple, adapters)} and {seed for name, *_, seed in adapters if name == 'zoo/old'} == {*lab.SEEDS} and {seed for name, *_, seed in adapters if name != 'zoo/old'} == {0}
     models = [name for make, name, *_ in lab.shared(tmp_path) if make is lab.base]
     assert sorted(models) == sorted({name for pair in lab.HOPS.values() for name in pair})
+
+def test_what_is_retrained_is_a_specialist_of_the_new_model(monkeypatch, tmp_path):
+    "One training serves both, and is known with its losses and its cost; one that was broken off is made again"
+    monkeypatch.setattr(lab, 'LONG', (3, 3e-3))
+    made, really = [], lab.finetune
+    monkeypatch.setattr(lab, 'finetune', lambda *args, **how: made.append(how) or really(*args, **how))
+    def broken_off(*_): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.Adapter, 'save', broken_off)
+        with pytest.raises(KeyboardInterrupt): lab.specialist('zoo/new', 'questions', tmp_path, 1)
+    cell = lab.Cell('new', 'questions', tmp_path)
+    kept = lab.specialist('zoo/new', 'questions', tmp_path, 1)
+    adapter, learned = lab.learn(cell, lab.WAYS['lora-all'], *lab.LONG, 1)
+    assert len(made) == 2 and len(learned) == 3 and learned.seconds > 0 and learned.trained == 184320
+    fresh, run = really(cell.new, cell.data['train'], steps=3, lr=3e-3, rank=lab.RANK, seed=1)
+    assert [*learned] == [*run]
+    for at, pair in fresh.updates.items():
+        for other in (adapter, kept): assert all(torch.equal(x, y) for x, y in zip(other.updates[at], pair, strict=True))
+    lab.learn(cell, lab.WAYS['lora-all'], 2, 3e-3, 1)
+    assert len(made) == 3 and sorted(p.name for p in tmp_path.iterdir()) == ['zoo-new-questions-1', 'zoo-new-questions-1.json']
 
 def test_all_cells_are_gone_each_after_the_one_that_it_is_like(monkeypatch, tmp_path):
     order = []
