@@ -10,7 +10,7 @@ __all__ = ['HOPS', 'LONG', 'RANK', 'STARTS', 'ALIGNED', 'DRAWN', 'WAYS', 'RATES'
            'record', 'work', 'collect', 'shared', 'keep', 'experiments']
 
 # %% ../nbs/16_lab.ipynb #f7456fc5
-import json, os, random, statistics, time
+import json, os, random, shutil, statistics, time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -63,9 +63,10 @@ def trained(
     "A fresh LoRA that learned all examples for `LONG`; made if it is not there yet"
     path = place/(f'{name.replace("/", "-")}-{task}' + (f'-{seed}' if seed else ''))
     log, (steps, lr) = path.with_suffix('.json'), LONG
-    if not path.exists():
+    if not (path.exists() and log.exists()):
         adapter, learned = finetune(base(name, place), TASKS[task]()['train'], steps=steps, lr=lr, rank=RANK, seed=seed)
         log.write_text(json.dumps(dict(losses=learned) | vars(learned)))
+        shutil.rmtree(path, ignore_errors=True) # kept without its training
         adapter.save(path)
     return Adapter.load(path), Run(**json.loads(log.read_text()))
 
