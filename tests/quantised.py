@@ -6,19 +6,22 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from models import error, random_adapter, random_decoder, whole
 from peft import LoraConfig, get_peft_model
-from lorasuite.finetune import encode, fit, fresh
-from lorasuite.model import load_decoder
-from lorasuite.transfer import align, transfer
-from lorasuite.zoo import new_tokenizer
+from lorasuite.core.loading import load_model
+from lorasuite.stages.alignment import align
+from lorasuite.stages.transfer import transfer
+from lorasuite.training.examples import encode
+from lorasuite.training.finetune import init_adapter
+from lorasuite.training.trainer import fit
+from lorasuite.lab.zoo import new_tokenizer
 
 tokenizer, (bits, bound) = new_tokenizer(512, seed=1), sys.argv[1:]
 plain = random_decoder(tokenizer, intermediate=128)
 with tempfile.TemporaryDirectory() as d:
     plain.model.save_pretrained(f'{d}/plain'), tokenizer.save_pretrained(f'{d}/small')
     AutoModelForCausalLM.from_pretrained(f'{d}/plain', quantization_config=BitsAndBytesConfig(**{bits: True}), device_map='cpu').save_pretrained(f'{d}/small')
-    small = load_decoder(Path(d)/'small')
+    small = load_model(Path(d)/'small')
     quantised = AutoModelForCausalLM.from_pretrained(f'{d}/small') # `load_decoder` gives it back in full on a CPU
-adapter, there, back = random_adapter(fresh(plain, 4)), align(plain, small), align(small, plain)
+adapter, there, back = random_adapter(init_adapter(plain, 4)), align(plain, small), align(small, plain)
 for maps in there.blocks: assert maps['heads'].tolist() == list(range(4)) and maps['neurons'].tolist() == list(range(128))
 off = error(whole(transfer(adapter, there)), whole(adapter)), error(whole(transfer(transfer(adapter, there), back)), whole(adapter))
 assert 0 < off[0] <= float(bound) and off[1] <= float(bound), off

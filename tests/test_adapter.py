@@ -6,11 +6,13 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from models import effect, effect_error, error, logits, random_decoder, tokens
 from test_laws import enlarge
-from lorasuite.adapter import Adapter, balance, new_directory
-from lorasuite.finetune import finetune
-from lorasuite.wiring import ROLES
-from lorasuite.model import load_decoder, weight_hashes
-from lorasuite.transfer import align, transfer
+from lorasuite.core.adapter import Adapter, balance
+from lorasuite.core.architecture import ROLES
+from lorasuite.core.files import atomic_directory
+from lorasuite.core.loading import load_model, weight_hashes
+from lorasuite.stages.alignment import align
+from lorasuite.stages.transfer import transfer
+from lorasuite.training.finetune import finetune
 
 SEVEN = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 FILE = 'adapter_model.safetensors'
@@ -112,7 +114,7 @@ def check_loads(path, decoder):
     return in_file
 
 def test_carried_adapter_loads_on_the_new_tiny_model(tmp_path):
-    new = load_decoder('zoo/new')
+    new = load_model('zoo/new')
     carried = transfer('zoo/adapter', align('zoo/old', new))
     carried.save(tmp_path/'carried')
     assert len(check_loads(tmp_path/'carried', new)) == 2*len(ROLES)*new.layers
@@ -277,7 +279,7 @@ def test_nothing_is_left_of_a_failed_save(adapter, decoder, tmp_path, monkeypatc
 
 def test_a_directory_made_meanwhile_is_not_overwritten(tmp_path):
     with pytest.raises(OSError):
-        with new_directory(tmp_path/'out') as tmp:
+        with atomic_directory(tmp_path/'out') as tmp:
             (tmp/'ours').write_text('')
             (tmp_path/'out').mkdir(); (tmp_path/'out'/'theirs').write_text('')
     assert [p.name for p in tmp_path.rglob('*')] == ['out', 'theirs']

@@ -1,10 +1,9 @@
 """The laboratory's records, and the advice that is made of them"""
-import importlib, statistics
+import statistics
 import pytest
-from lorasuite.advice import CLOSE, NEEDS, OPTIONS, advise, compared, expect, measured, regret, text_advice
-from lorasuite import results
+from lorasuite.forecast.advice import advise, CLOSE, compared, expect, measured, NEEDS, OPTIONS, regret, text_advice
+from lorasuite.lab import experiments, recipes, results, search, upgrades
 
-lab = importlib.import_module('lorasuite.lab')
 
 def sign(agreement, **more): return dict(agreement_carried=agreement) | more
 

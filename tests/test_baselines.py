@@ -4,13 +4,15 @@ import pytest, torch
 from models import effect, effect_error, error, random_adapter, random_decoder, tokens, whole
 from test_families import FAMILIES, PAIRS, model, trained
 from test_laws import combine
-from lorasuite.adapter import Adapter
-from lorasuite.baselines import cross_lora, direct_copy, match_norm, published, published_rescaled, random_like
-from lorasuite.cka import probe_texts
-from lorasuite.finetune import fresh
-from lorasuite.oracle import grow
-from lorasuite.model import Decoder
-from lorasuite.transfer import align, carry_update, sort_updates, structure, transfer
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.model import Decoder, model_info
+from lorasuite.stages.alignment import align
+from lorasuite.stages.cka import probe_texts
+from lorasuite.stages.direct_copy import direct_copy
+from lorasuite.stages.transfer import split_by_role, transfer, transfer_update
+from lorasuite.training.finetune import init_adapter
+from lorasuite.lab.baselines import cross_lora, match_norm, published, published_rescaled, random_like
+from lorasuite.lab.oracle import grow
 
 def projected(d, l, role, delta, rank=10**6):
     "What Cross-LoRA must make of a dense update that stays on its model: a projection to the directions of the weight"
@@ -18,7 +20,7 @@ def projected(d, l, role, delta, rank=10**6):
     U, _, Vt = torch.linalg.svd(W, full_matrices=False)
     return U[:, :rank]@(U[:, :rank].T@delta@Vt[:rank].T)@Vt[:rank]
 
-def by_role(adapter, d): return {k: (B@A).double() for k, (A, B) in sort_updates(adapter, structure(d)).items()}
+def by_role(adapter, d): return {k: (B@A).double() for k, (A, B) in split_by_role(adapter, model_info(d)).items()}
 
 # ---- direct copy
 
@@ -54,13 +56,13 @@ def test_a_copy_names_layers_roles_and_shapes(model, trained, tokenizer):
 
 def with_ends(d):
     "Updates of both embeddings and a whole row of one token"
-    ends, g = d.ends(), torch.Generator().manual_seed(0)
+    ends, g = d.embedding_paths(), torch.Generator().manual_seed(0)
     pair = lambda m, n: (torch.randn(2, n, generator=g), torch.randn(m, 2, generator=g))
     return Adapter({ends['head']: pair(d.vocab, d.hidden)}, embeddings={ends['embedding']: pair(d.hidden, d.vocab)}, rows={ends['embedding']: (torch.tensor([7]), torch.randn(1, d.hidden, generator=g))})
 
 def test_a_copy_of_embeddings(model, tokenizer):
     a, neox = model('llama'), model('gpt_neox')
-    adapter, ends = with_ends(a), neox.ends()
+    adapter, ends = with_ends(a), neox.embedding_paths()
     copied = direct_copy(adapter, a, neox)
     assert torch.equal(copied.delta(ends['head']), adapter.delta('lm_head')) and torch.equal(copied.rows[ends['embedding']][1], adapter.rows['model.embed_tokens'][1])
     assert torch.equal(copied.delta(ends['embedding']), adapter.delta('model.embed_tokens')) and not copied.skipped
@@ -82,7 +84,7 @@ def test_cross_lora_to_the_same_model_projects(name, rank, model, trained):
 
 def test_cross_lora_to_itself_is_exact_where_all_weights_are_square(tokenizer):
     d = random_decoder(tokenizer, kv_heads=4, intermediate=64)
-    adapter = random_adapter(fresh(d, 4))
+    adapter = random_adapter(init_adapter(d, 4))
     assert effect_error(d, adapter, d, cross_lora(adapter, d, d)) <= 1e-4
     assert effect_error(d, adapter, d, cross_lora(adapter, d, d, rank=16)) > .3
 
@@ -103,7 +105,7 @@ def test_cross_lora_is_linear_and_keeps_the_rank(model, trained, bigger):
     assert all(len(A) == 4 for A, _ in one.updates.values()) and len(one.updates) == len(a.updates)
 
 def test_cross_lora_to_a_shallower_model(model, trained, bigger):
-    back = cross_lora(random_adapter(fresh(bigger, 4)), bigger, model('llama'))
+    back = cross_lora(random_adapter(init_adapter(bigger, 4)), bigger, model('llama'))
     assert {*back.skipped.values()} == {'the new model has no layer 2', 'the new model has no layer 3'} and effect(model('llama'), tokens(), back).isfinite().all()
 
 def test_cross_lora_does_not_depend_on_signs(model, trained, bigger, monkeypatch):
@@ -112,7 +114,7 @@ def test_cross_lora_does_not_depend_on_signs(model, trained, bigger, monkeypatch
         U, S, Vt = svd(W, **kw)
         sign = (torch.rand(len(S), generator=torch.Generator().manual_seed(len(W))) - .5).sign().to(W.dtype)
         return U*sign, S, Vt*sign[:, None]
-    monkeypatch.setattr('lorasuite.baselines.torch.linalg.svd', flipped)
+    monkeypatch.setattr('lorasuite.lab.baselines.torch.linalg.svd', flipped)
     assert error(whole(cross_lora(trained('llama'), model('llama'), bigger)), whole(plain)) <= 1e-5
 
 # ---- controls, the published formula, and PEFT
@@ -127,7 +129,7 @@ def test_random_and_rescaled_updates_have_the_norms(model, trained, bigger):
     theirs = align(a, bigger, method='paper', maps=ours)
     path = bigger.path(ours.layers[0][1], 'q')
     A, B = (t.double() for t in trained('llama').updates[a.path(ours.layers[0][0], 'q')])
-    A2, B2 = carry_update('q', A, B, theirs.blocks[0], theirs)
+    A2, B2 = transfer_update('q', A, B, theirs.blocks[0], theirs)
     assert torch.cosine_similarity((B2@A2).flatten(), rescaled.delta(path).double().flatten(), 0) == pytest.approx(1, abs=1e-5)
 
 def test_controls_take_embeddings_along(model):

@@ -2,17 +2,21 @@
 import json, sys
 import pytest, torch
 from typer.testing import CliRunner
-from lorasuite import evaluate as module
+from lorasuite.training import evaluate as module
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import data_dir
+from lorasuite.core.loading import load_model
+from lorasuite.training.evaluate import (
+    benchmark, check_tasks, COMMONSENSE, evaluate, generate, last_number, same_choice, same_letter, same_number,
+    task_index
+)
+from lorasuite.training.examples import load_data, prompt
 from lorasuite.cli import app
-from lorasuite.adapter import Adapter
-from lorasuite.evaluate import COMMONSENSE, benchmark, check_tasks, evaluate, generate, last_number, same_choice, same_letter, same_number, task_index
-from lorasuite.finetune import load_data, prompt
-from lorasuite.model import data_dir, load_decoder
 
 ZOO = data_dir()/'zoo'
 
 @pytest.fixture(scope='module')
-def old(): return load_decoder('zoo/old')
+def old(): return load_model('zoo/old')
 
 @pytest.fixture(scope='module')
 def specialist(): return Adapter.load('zoo/adapter')

@@ -3,8 +3,8 @@ import importlib, json
 import pytest, torch
 from models import error, logits, random_decoder, tokens
 from test_finetune import ROWS
-from lorasuite.finetune import read_json
-from lorasuite.lab import kept_runs
+from lorasuite.core.files import read_json
+from lorasuite.lab.store import kept_runs
 
 budgets = importlib.import_module('lorasuite.budgets')
 

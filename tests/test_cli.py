@@ -6,10 +6,11 @@ import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
+from lorasuite.core.architecture import ROLES
+from lorasuite.core.files import data_dir
+from lorasuite.core.loading import load_model
+from lorasuite.lab.demo import ARMS
 from lorasuite.cli import app
-from lorasuite.demo import ARMS
-from lorasuite.wiring import ROLES
-from lorasuite.model import data_dir, load_decoder
 
 ZOO = data_dir()/'zoo'
 
@@ -58,7 +59,7 @@ def test_demo(tmp_path):
 
 def loads(path):
     "PEFT must find exactly the file's tensors on `zoo/new`"
-    new = load_decoder('zoo/new')
+    new = load_model('zoo/new')
     model = PeftModel.from_pretrained(new.model, str(path))
     wanted = {k.replace('.default', '') for k in model.state_dict() if 'lora_' in k}
     assert wanted == set(load_file(path/'adapter_model.safetensors'))

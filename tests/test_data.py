@@ -2,8 +2,9 @@
 import json
 import pytest, torch
 from models import error, random_decoder, whole
-from lorasuite.evaluate import bits_per_byte, evaluate, generate
-from lorasuite.finetune import encode, finetune, fresh, load_data
+from lorasuite.training.evaluate import bits_per_byte, evaluate, generate
+from lorasuite.training.examples import encode, load_data
+from lorasuite.training.finetune import finetune, init_adapter
 
 ROWS = [dict(instruction=f'Where does {n} live?', input='', output=v, answer=v) for n, v in zip('Ann Bob Cid Dan Eve Fay Gus Hal'.split(), 'Arden Birch Colm Dover Elmo Ferry Gale Hythe'.split())]
 
@@ -65,7 +66,7 @@ def test_same_seed_same_result(decoder, adapter, tuned):
     again, losses = finetune(decoder, ROWS, adapter, steps=20, lr=1e-2, batch_size=8)
     assert losses == tuned[1] and whole(again).equal(whole(tuned[0]))
     assert not whole(finetune(decoder, ROWS, adapter, steps=3, batch_size=4, seed=1)[0]).equal(whole(finetune(decoder, ROWS, adapter, steps=3, batch_size=4, seed=2)[0]))
-    assert whole(fresh(decoder, 4)).norm() == 0
+    assert whole(init_adapter(decoder, 4)).norm() == 0
 
 def test_small_batches_at_a_time_add_up(decoder, adapter):
     once, _ = finetune(decoder, ROWS, adapter, steps=3, lr=1e-3, batch_size=8)
@@ -77,13 +78,13 @@ def test_an_interrupted_run_goes_on(decoder, adapter, tuned, tmp_path, monkeypat
         if state.global_step == 11: raise KeyboardInterrupt
     settings = dict(steps=20, lr=1e-2, batch_size=8, checkpoints=tmp_path/'checkpoints', progress=True)
     with monkeypatch.context() as m:
-        m.setattr('lorasuite.finetune.Bar.on_log', power_cut)
+        m.setattr('lorasuite.training.trainer.Bar.on_log', power_cut)
         with pytest.raises(KeyboardInterrupt): finetune(decoder, ROWS, adapter, **settings)
     for other in (dict(lr=1e-3), dict(seed=1)):
         with pytest.raises(ValueError, match='interrupted run'): finetune(decoder, ROWS, adapter, **settings | other)
     with pytest.raises(ValueError, match='interrupted run'): finetune(decoder, ROWS[1:], adapter, **settings)
     steps = []
-    monkeypatch.setattr('lorasuite.finetune.Bar.on_log', lambda self, args, state, *a, **k: steps.append(state.global_step))
+    monkeypatch.setattr('lorasuite.training.trainer.Bar.on_log', lambda self, args, state, *a, **k: steps.append(state.global_step))
     resumed, losses = finetune(decoder, ROWS, adapter, **settings)
     assert steps[0] == 9 and len(losses) == 20
     assert error(whole(resumed), whole(tuned[0])) <= 1e-5
@@ -92,7 +93,7 @@ def test_an_interrupted_run_goes_on(decoder, adapter, tuned, tmp_path, monkeypat
 
 def test_accuracy_counts_exact_answers(decoder, adapter, monkeypatch):
     said = [r['answer'] for r in ROWS[:6]] + ['Arden Birch', '']
-    monkeypatch.setattr('lorasuite.evaluate.generate', lambda *a, **k: said)
+    monkeypatch.setattr('lorasuite.training.evaluate.generate', lambda *a, **k: said)
     score = evaluate(decoder, ROWS, adapter)
     low, high = score.interval
     assert score.accuracy == 6/8 and 0 < low < 6/8 < high < 1

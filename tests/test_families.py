@@ -4,15 +4,17 @@ from functools import cache
 import pytest, torch
 from models import effect, effect_error, error, logits, random_adapter, random_decoder, tokens
 from test_laws import enlarge
-from lorasuite.adapter import Adapter
-from lorasuite.cka import probe_texts
-from lorasuite.finetune import fresh
-from lorasuite.model import Decoder
-from lorasuite.oracle import grow
-from lorasuite.inspection import outlook
-from lorasuite.transfer import align, reasons, transfer, warn_of_limits
-from lorasuite.refit import refit
-from lorasuite.zoo import new_tokenizer
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.model import Decoder
+from lorasuite.stages.alignment import align, warn_of_limits
+from lorasuite.stages.card import skipped_by_reason
+from lorasuite.stages.cka import probe_texts
+from lorasuite.stages.transfer import transfer
+from lorasuite.training.finetune import init_adapter
+from lorasuite.training.refit import refit
+from lorasuite.forecast.inspection import outlook
+from lorasuite.lab.oracle import grow
+from lorasuite.lab.zoo import new_tokenizer
 
 FAMILIES = dict(llama={}, mistral={}, qwen2={}, qwen3={}, gemma2={}, gemma3_text={}, phi3={}, olmo2={}, gpt_neox={}, sequential_neox=dict(family='gpt_neox', use_parallel_residual=False),
                 bloom={}, gpt2={}, opt={}, falcon=dict(multi_query=True), falcon_rw=dict(family='falcon', multi_query=False, parallel_attn=False, alibi=True, bias=True),
@@ -24,11 +26,11 @@ FEW = probe_texts()[:16]
 def model(tokenizer): return cache(lambda name: random_decoder(tokenizer, layers=2, **dict(family=name) | FAMILIES[name]))
 
 @pytest.fixture(scope='module')
-def trained(model): return cache(lambda name: random_adapter(fresh(model(name), 4)))
+def trained(model): return cache(lambda name: random_adapter(init_adapter(model(name), 4)))
 
 def only(adapter, decoder, role):
     "The updates of the modules that hold one role"
-    return Adapter({p: ab for p, ab in adapter.updates.items() if p.endswith(decoder.wiring.modules[role])}, adapter.base, adapter.layers)
+    return Adapter({p: ab for p, ab in adapter.updates.items() if p.endswith(decoder.architecture.modules[role])}, adapter.base, adapter.layers)
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_identity(name, model, trained):
@@ -78,7 +80,7 @@ def test_oracle(name, model, trained, grown):
 @pytest.mark.parametrize('name', FAMILIES)
 def test_embeddings(name, model):
     d = model(name)
-    ends, g = d.ends(), torch.Generator().manual_seed(0)
+    ends, g = d.embedding_paths(), torch.Generator().manual_seed(0)
     new, _, new_id = enlarge(d, words=True, **GROWTHS.get(name, dict(hidden=96, heads=6, kv_heads=max(1, 6*d.kv_heads//4))))
     alignment, randn = align(d, new, FEW), lambda *shape: torch.randn(*shape, generator=g)
     head = Adapter({ends['head']: (randn(3, d.hidden), .1*randn(d.vocab, 3))})
@@ -109,8 +111,8 @@ def test_two_families_with_other_tokenizers_and_head_sizes(tokenizer, tmp_path):
     a = random_decoder(tokenizer, layers=3, tie_word_embeddings=True)
     b = random_decoder(new_tokenizer(700, seed=5), 'gemma3_text', hidden=96, layers=5, heads=2, kv_heads=1, head_dim=40, intermediate=160, tie_word_embeddings=True)
     with pytest.warns(UserWarning, match='head sizes differ'): alignment = align(a, b, FEW)
-    adapter = random_adapter(fresh(a, 4))
-    adapter.updates[a.ends()['head']] = torch.randn(2, a.hidden), .1*torch.randn(a.vocab, 2)
+    adapter = random_adapter(init_adapter(a, 4))
+    adapter.updates[a.embedding_paths()['head']] = torch.randn(2, a.hidden), .1*torch.randn(a.vocab, 2)
     carried = transfer(adapter, alignment)
     assert carried.updates.keys() == {b.path(l, r) for l in range(5) for r in b.roles} | {'lm_head'} and not carried.skipped
     assert 0 < effect(b, tokens(b.vocab), carried).norm() < torch.inf
@@ -121,16 +123,16 @@ def test_two_families_with_other_tokenizers_and_head_sizes(tokenizer, tmp_path):
 @pytest.mark.parametrize('old, new', [('gemma2', 'gpt2'), ('llama', 'bloom'), ('gpt2', 'qwen3')])
 def test_inspect_foretells_what_is_skipped(old, new, model, trained):
     a, b = model(old), model(new)
-    table = {a.ends()['embedding']: (torch.ones(1, a.vocab), torch.ones(a.hidden, 1))}
+    table = {a.embedding_paths()['embedding']: (torch.ones(1, a.vocab), torch.ones(a.hidden, 1))}
     adapter = Adapter(trained(old).updates, layers=a.layers, embeddings=table)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         carried = transfer(adapter, align(a, b, FEW))
-    assert outlook(adapter, a, b)['skipped'] == reasons(carried)
+    assert outlook(adapter, a, b)['skipped'] == skipped_by_reason(carried)
 
 def test_a_model_in_training_is_read_alike_and_left_in_training(tokenizer):
     model = random_decoder(tokenizer, 'gpt2', layers=2).model.train()
-    assert Decoder(model, tokenizer).wiring.runs() == random_decoder(tokenizer, 'gpt2', layers=2).wiring.runs() and model.training
+    assert Decoder(model, tokenizer).architecture.runs() == random_decoder(tokenizer, 'gpt2', layers=2).architecture.runs() and model.training
 
 @pytest.mark.parametrize('family, turns', [('llama', True), ('gpt_neox', True), ('bloom', False), ('gpt2', False)])
 def test_head_sizes_matter_where_heads_are_rotated(family, turns, tokenizer):

@@ -3,8 +3,9 @@ import json, os, shutil
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
+from lorasuite.core.files import data_dir
+from lorasuite.core.loading import load_model
 from lorasuite.cli import app
-from lorasuite.model import data_dir, load_decoder
 
 ZOO = data_dir()/'zoo'
 PICKLE = b'cos\nsystem\n(S"touch %s"\ntR.'
@@ -110,7 +111,7 @@ def test_damaged_model(tmp_path, name):
     folder = tmp_path/'model'
     shutil.copytree(ZOO/'new', folder)
     damage(folder)
-    with pytest.raises((ValueError, OSError), match=f'(?s){message}') as caught: load_decoder(folder)
+    with pytest.raises((ValueError, OSError), match=f'(?s){message}') as caught: load_model(folder)
     assert 'model' in str(caught.value) and not (folder/'was_here').exists()
 
 @pytest.mark.parametrize('name', ['hidden_by_config', 'vocabulary_by_config', 'config_unreadable', 'custom_code', 'no_tokenizer'])
@@ -124,7 +125,7 @@ def test_inspect_names_a_damaged_model(tmp_path, name):
 def test_sharded_model(tmp_path):
     shutil.copytree(ZOO/'new', tmp_path/'model')
     shards(SHARDS, SHARDS)(tmp_path/'model')
-    a, b = load_decoder(tmp_path/'model').model.state_dict(), load_decoder('zoo/new').model.state_dict()
+    a, b = load_model(tmp_path/'model').model.state_dict(), load_model('zoo/new').model.state_dict()
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
 
 # ---- requests that cannot be met

@@ -2,16 +2,16 @@
 import json, re
 from pathlib import Path
 import torch
-from lorasuite.adapter import Adapter, balance
-from lorasuite.model import load_decoder
+from lorasuite.core.adapter import Adapter, balance
+from lorasuite.core.loading import load_model
 
 def test_the_solution_runs(capsys):
-    notebook = json.loads((Path(__file__).parents[1]/'nbs'/'26_field.ipynb').read_text(encoding='utf-8'))
+    notebook = json.loads((Path(__file__).parents[1]/'nbs'/'course'/'25_field.ipynb').read_text(encoding='utf-8'))
     text = next(''.join(c['source']) for c in notebook['cells'] if '<summary>Solution</summary>' in ''.join(c['source']))
     torch.manual_seed(0)
     specialist = Adapter.load('zoo/adapter')
     other = Adapter({p: (torch.randn_like(A)*A.std(), torch.randn_like(B)*B.std()) for p, (A, B) in specialist.updates.items()})
-    names = dict(torch=torch, Adapter=Adapter, balance=balance, old=load_decoder('zoo/old'), specialist=specialist, other=other)
+    names = dict(torch=torch, Adapter=Adapter, balance=balance, old=load_model('zoo/old'), specialist=specialist, other=other)
     exec(re.search(r'```python\n(.*?)```', text, re.S)[1], names)
     near, near_factors, far, far_factors = (int(n) for n in re.findall(r'(\d+)%', capsys.readouterr().out))
     assert near <= near_factors < 10 < 2*far < far_factors

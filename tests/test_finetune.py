@@ -9,10 +9,13 @@ from safetensors.torch import load_file
 from test_families import FAMILIES
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 from typer.testing import CliRunner
-from lorasuite.adapter import Adapter
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import data_dir
+from lorasuite.core.model import pick_device
+from lorasuite.training.examples import encode
+from lorasuite.training.finetune import finetune, init_adapter
+from lorasuite.training.trainer import check_packing, fit, plot_losses, Run, split_batch, watch_memory
 from lorasuite.cli import app
-from lorasuite.finetune import Run, check_packing, encode, finetune, fit, fresh, plot_losses, shares, watch_memory
-from lorasuite.model import data_dir, pick_device
 
 ROWS = [dict(instruction=f'{q} {n}{tail}?', input='', output=v, answer=v) for n, v, tail in zip('Ann Bob Cid Dan Eve Fay Gus Hal Ida Jon Kit'.split(),
         'Arden Birch Colm Dover Elmo Ferry Gale Hythe Ilkley Jura Kirk'.split(), ['', ' live', ' go when it rains']*4) for q in ('Where does', 'Who is')]
@@ -25,11 +28,11 @@ def rows(tokenizer): return [encode(e, tokenizer) for e in ROWS]
 
 @pytest.mark.parametrize('batch, micro, devices, expected', [(16, None, 1, (16, 1)), (16, 4, 1, (4, 4)), (16, None, 2, (8, 1)), (16, 4, 2, (4, 2)), (16, 16, 4, (4, 1)), (1, None, 1, (1, 1))])
 def test_a_step_is_shared(batch, micro, devices, expected):
-    assert shares(batch, micro, devices) == expected and expected[0]*expected[1]*devices == batch
+    assert split_batch(batch, micro, devices) == expected and expected[0]*expected[1]*devices == batch
 
 @pytest.mark.parametrize('batch, micro, devices', [(16, 3, 1), (10, None, 3), (16, None, 32), (12, 8, 1)])
 def test_a_rest_is_refused(batch, micro, devices):
-    with pytest.raises(ValueError, match='choose a multiple of'): shares(batch, micro, devices)
+    with pytest.raises(ValueError, match='choose a multiple of'): split_batch(batch, micro, devices)
 
 def asked(monkeypatch):
     "Token ids of all rows that the model is shown, in order"
@@ -107,7 +110,7 @@ def test_packed_examples_do_not_see_each_other(name, model, rows, tokenizer):
         with pytest.raises(ValueError, match=f'type {d.model.config.model_type} lets examples in one row see each other'): check_packing(d.model, rows[0])
     else:
         check_packing(d.model, rows[0])
-        start = random_adapter(fresh(d, 4))
+        start = random_adapter(init_adapter(d, 4))
         (a, g), (b, h) = (gradients(d, start, c([dict(r) for r in rows])) for c in (DataCollatorForSeq2Seq(tokenizer, padding=True), DataCollatorWithFlattening()))
         assert abs(a - b) <= 1e-5*a and error(h, g) <= 1e-5
 
@@ -117,7 +120,7 @@ def test_packed_training_is_unpacked_training(decoder, adapter):
 
 def test_packing_that_is_refused_trains_nothing(model, adapter):
     d = model('bloom')
-    start = random_adapter(fresh(d, 4))
+    start = random_adapter(init_adapter(d, 4))
     with pytest.raises(ValueError, match='bloom'): finetune(d, ROWS, start, **ENOUGH, pack=True)
     assert not any('lora' in n for n, _ in d.model.named_parameters())
 
@@ -126,7 +129,7 @@ def test_packing_that_is_refused_trains_nothing(model, adapter):
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'bloom'])
 def test_computing_twice_changes_nothing(name, model):
     d = model(name)
-    start = random_adapter(fresh(d, 4))
+    start = random_adapter(init_adapter(d, 4))
     (a, losses), (b, again) = (finetune(d, ROWS, start, **ENOUGH, gradient_checkpointing=twice) for twice in (False, True))
     assert again == pytest.approx(losses, rel=1e-5) and error(whole(b), whole(a)) < 1e-3*error(whole(a), whole(start))
 
@@ -260,7 +263,7 @@ def test_only_the_first_process_checks_writes_and_talks(work, monkeypatch):
 
 def test_every_option_reaches_the_training(work, monkeypatch):
     asked = {}
-    monkeypatch.setattr('lorasuite.cli.tune', lambda *args, **kwargs: (asked.update(signature(finetune).bind(*args, **kwargs).arguments), (fresh(args[0]), Run([1.])))[1])
+    monkeypatch.setattr('lorasuite.cli.tune', lambda *args, **kwargs: (asked.update(signature(finetune).bind(*args, **kwargs).arguments), (init_adapter(args[0]), Run([1.])))[1])
     run(['finetune', 'zoo/old', '--data', str(work/'data.jsonl'), '-o', str(work/'out'), *'--epochs 2 --lr .1 --schedule cosine --warmup 3 --batch-size 4 --micro-batch 2 --rank 5 --roles q,v --whole --pack --bf16 --gradient-checkpointing --seed 6 --json'.split()])
     rest = asked.pop('kwargs')
     assert len(asked.pop('data')) == 30 and asked.pop('decoder').layers == 4

@@ -4,8 +4,10 @@ from contextlib import contextmanager
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save
-from lorasuite.adapter import PREFIX, Adapter
-from lorasuite.transfer import Alignment, align, transfer
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.formats.peft import PREFIX
+from lorasuite.stages.alignment import align, Alignment
+from lorasuite.stages.transfer import transfer
 
 FILE, CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
 SOURCE = Adapter.load('zoo/adapter')

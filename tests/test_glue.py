@@ -7,7 +7,7 @@ import pytest, torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
-from lorasuite.zoo import corpus
+from lorasuite.lab.world import corpus
 
 matplotlib.use('Agg')
 CELLS = [''.join(c['source']) for c in json.loads((Path(__file__).parents[1]/'nbs'/'tutorials'/'glue.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']

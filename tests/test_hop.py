@@ -2,11 +2,11 @@
 import sys
 from pathlib import Path
 import pytest
-from lorasuite.adapter import Adapter
-from lorasuite.finetune import read_json
-from lorasuite.lab import record
-from lorasuite.model import load_decoder
-from lorasuite.zoo import TASKS
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import read_json
+from lorasuite.core.loading import load_model
+from lorasuite.lab.experiments import record
+from lorasuite.lab.world import TASKS
 
 @pytest.fixture
 def hop(monkeypatch):
@@ -28,7 +28,7 @@ def test_documents_are_held_out(hop):
 
 def test_all_ways_of_the_real_hop(hop, monkeypatch, tmp_path):
     people = TASKS['questions']()
-    for name, value in dict(old=load_decoder('zoo/old'), new=load_decoder('zoo/new'), source=Adapter.load('zoo/adapter'), drift=.1,
+    for name, value in dict(old=load_model('zoo/old'), new=load_model('zoo/new'), source=Adapter.load('zoo/adapter'), drift=.1,
                             data=dict(train=people['train'][:120], inputs=people['train'][200:230], validation=people['validation'][:20], test=people['test'][:40])).items():
         monkeypatch.setattr(hop.RealCell, name, value)
     monkeypatch.setattr(hop, 'SEEDS', range(2))

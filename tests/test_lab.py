@@ -2,7 +2,7 @@
 import importlib, json, random
 from concurrent.futures import Future
 import pytest, torch
-from lorasuite.finetune import read_json
+from lorasuite.core.files import read_json
 
 lab = importlib.import_module('lorasuite.lab')
 

@@ -7,14 +7,17 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from models import effect, effect_error, error, logits, only, random_adapter, random_decoder, tokens, whole
-from lorasuite.adapter import Adapter
-from lorasuite.cka import probe_texts
-from lorasuite.finetune import fresh
-from lorasuite.wiring import ROLES
-from lorasuite.model import Decoder, load_decoder
-from lorasuite.oracle import extend_tokenizer, grow
-from lorasuite.transfer import Alignment, align, transfer
-from lorasuite.zoo import NEW_WORDS, corpus, new_tokenizer
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.architecture import ROLES
+from lorasuite.core.loading import load_model
+from lorasuite.core.model import Decoder
+from lorasuite.stages.alignment import align, Alignment
+from lorasuite.stages.cka import probe_texts
+from lorasuite.stages.transfer import transfer
+from lorasuite.training.finetune import init_adapter
+from lorasuite.lab.oracle import extend_tokenizer, grow
+from lorasuite.lab.world import corpus, NEW_WORDS
+from lorasuite.lab.zoo import new_tokenizer
 
 LEAVES = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 PARTS = ['', *LEAVES]                       # '' is the adapter as a whole
@@ -29,7 +32,7 @@ MODELS = dict(mha=dict(kv_heads=4), gqa=dict(kv_heads=2), mqa=dict(kv_heads=1), 
 def model(tokenizer): return cache(lambda name: random_decoder(tokenizer, **MODELS[name]))
 
 @pytest.fixture(scope='module')
-def trained(model): return cache(lambda name: random_adapter(fresh(model(name), 4)))
+def trained(model): return cache(lambda name: random_adapter(init_adapter(model(name), 4)))
 
 # ---- identity: from a model to itself
 
@@ -70,13 +73,13 @@ def test_identity_of_a_peft_adapter_with_patterns(decoder, tmp_path):
 
 @pytest.mark.parametrize('rank', [1, 24, 100])
 def test_identity_for_ranks_beyond_a_weight(rank, model, to_itself):
-    adapter = random_adapter(fresh(model('mqa'), rank))
+    adapter = random_adapter(init_adapter(model('mqa'), rank))
     assert effect_error(model('mqa'), adapter, model('mqa'), transfer(adapter, to_itself('mqa'))) <= IDENTITY
 
 @pytest.mark.parametrize('axis', ['layers', 'heads', 'intermediate', 'all'])
 def test_identity_of_a_model_with_idle_parts(axis, grown):
     new = grown('gqa', axis)[0]
-    adapter = random_adapter(fresh(new, 4))
+    adapter = random_adapter(init_adapter(new, 4))
     assert effect_error(new, adapter, new, transfer(adapter, align(new, new, FEW))) <= IDENTITY
 
 def test_identity_of_an_adapter_of_some_layers(decoder, adapter):
@@ -87,14 +90,14 @@ def test_identity_of_an_adapter_of_some_layers(decoder, adapter):
 
 def test_identity_with_fewer_tokens_than_hidden_directions():
     small = random_decoder(new_tokenizer(260, seed=1), hidden=320, layers=2, heads=4, intermediate=96)
-    adapter = random_adapter(fresh(small, 4))
+    adapter = random_adapter(init_adapter(small, 4))
     with pytest.warns(UserWarning, match='share 260 tokens, fewer than the hidden size 320'): a = align(small, small)
     assert effect_error(small, adapter, small, transfer(adapter, a)) <= IDENTITY
 
 def test_identity_without_a_padding_token(tokenizer):
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) | dict(padding=None)
     bare = random_decoder(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token='<eos>'))
-    adapter = random_adapter(fresh(bare, 4))
+    adapter = random_adapter(init_adapter(bare, 4))
     assert effect_error(bare, adapter, bare, transfer(adapter, align(bare, bare, FEW))) <= IDENTITY
 
 def test_the_published_formula_breaks_the_identity_law(decoder, adapter):
@@ -232,7 +235,7 @@ def test_composition(model, trained, grown):
 def test_to_a_smaller_model(trained, model, grown):
     big, small = grown('gqa', 'all')[0], random_decoder(model('gqa').tokenizer, hidden=48, layers=3, heads=2, kv_heads=1, intermediate=64, head_dim=16)
     alignment = align(big, small, FEW)
-    carried = transfer(random_adapter(fresh(big, 4)), alignment)
+    carried = transfer(random_adapter(init_adapter(big, 4)), alignment)
     assert effect(small, tokens(), carried).isfinite().all() and len(carried.updates) == 3*len(ROLES)
     assert [b for _, b in alignment.layers] == [0, 1, 2]
 
@@ -243,8 +246,8 @@ def test_other_head_sizes_warn(model, trained):
 
 def test_wrong_adapter_for_an_alignment(grown, model):
     alignment = grown('gqa', 'all')[-1]
-    with pytest.raises(ValueError, match='was it trained on another model'): transfer(fresh(grown('gqa', 'all')[0], 4), alignment)
-    with pytest.raises(ValueError, match='k_proj is 64×64, the weight of .* is 32×64'): transfer(fresh(model('wide_heads'), 4), alignment)
+    with pytest.raises(ValueError, match='was it trained on another model'): transfer(init_adapter(grown('gqa', 'all')[0], 4), alignment)
+    with pytest.raises(ValueError, match='k_proj is 64×64, the weight of .* is 32×64'): transfer(init_adapter(model('wide_heads'), 4), alignment)
     with pytest.raises(ValueError, match='choose one of exact, paper'): align(model('gqa'), model('gqa'), method='best')
 
 # ---- weights that stay in their files
@@ -254,7 +257,7 @@ def test_a_directory_in_shards_is_aligned_like_a_loaded_model(model, grown, trai
     for name, d in dict(old=old, new=new).items():
         d.model.save_pretrained(tmp_path/name, max_shard_size='100KB'), d.tokenizer.save_pretrained(tmp_path/name)
         assert len([*(tmp_path/name).glob('model-*.safetensors')]) > 2
-        lazy = load_decoder(tmp_path/name, lazy=True)
+        lazy = load_model(tmp_path/name, lazy=True)
         assert all(p.device.type == 'meta' for p in lazy.model.parameters())
         assert all(torch.equal(lazy.weight(1, r), d.weight(1, r)) for r in d.roles) and torch.equal(lazy.embeddings, d.embeddings)
         assert error(logits(lazy, tokens()), logits(d, tokens())) <= 1e-6
@@ -263,5 +266,5 @@ def test_a_directory_in_shards_is_aligned_like_a_loaded_model(model, grown, trai
     assert error(whole(transfer(trained('gqa'), in_files)), whole(transfer(trained('gqa'), loaded))) <= 1e-6
 
 def test_an_untrained_adapter_can_still_learn_after_it_was_carried(model, grown):
-    carried = transfer(fresh(model('gqa'), 4), grown('gqa', 'all')[-1])
+    carried = transfer(init_adapter(model('gqa'), 4), grown('gqa', 'all')[-1])
     assert all(not B.any() and A.abs().sum(1).min() > 0 for A, B in carried.updates.values())

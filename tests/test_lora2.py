@@ -7,13 +7,18 @@ from test_families import FAMILIES
 from test_finetune import ROWS
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from typer.testing import CliRunner
-from lorasuite.adapter import Adapter
-from lorasuite.alora import ALoRA, Gated, batch_of, reallocate
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import data_dir
+from lorasuite.stages.alignment import align
+from lorasuite.stages.transfer import transfer
+from lorasuite.training.examples import encode
+from lorasuite.training.finetune import finetune, init_adapter
+from lorasuite.training.trainer import fit
+from lorasuite.tuners.alora import ALoRA, batch_of, Gated, reallocate
+from lorasuite.tuners.lora2 import (
+    add_orthogonality_grad, budget, Importance, LoRA2, orthogonality_loss, orthonormal, Right, split, take_apart
+)
 from lorasuite.cli import app
-from lorasuite.finetune import encode, finetune, fit, fresh
-from lorasuite.lora2 import Importance, LoRA2, Right, budget, orthonormal, pull, skew, split, take_apart
-from lorasuite.model import data_dir
-from lorasuite.transfer import align, transfer
 
 METHODS = {'lora2': lambda model, batch: LoRA2(model, target=2), 'alora': lambda model, batch: ALoRA(model, batch, rounds=2)}
 ENOUGH = dict(steps=12, lr=3e-3, batch_size=8)
@@ -35,7 +40,7 @@ def method_of(kind, batch, made=None):
 @pytest.mark.parametrize('name', FAMILIES)
 def test_nothing_changes_by_taking_apart_and_settling(name, kind, tokenizer, batch):
     decoder = random_decoder(tokenizer, layers=2, **dict(family=name) | FAMILIES[name])
-    adapter, ids = random_adapter(fresh(decoder, 4)), tokens()
+    adapter, ids = random_adapter(init_adapter(decoder, 4)), tokens()
     with adapter.on(decoder, trainable=True) as model, torch.no_grad():
         before = model(ids).logits
         made = METHODS[kind](model, batch)
@@ -93,7 +98,7 @@ def test_an_encoder_with_a_head_of_its_own(kind, tmp_path):
 
 @pytest.mark.parametrize('kind', METHODS)
 def test_peft_warns_of_nothing(kind, decoder, rows, batch, tmp_path, recwarn):
-    with fresh(decoder, 3).on(decoder, trainable=True) as model:
+    with init_adapter(decoder, 3).on(decoder, trainable=True) as model:
         fit(model, rows, decoder.tokenizer, 10, 1e-3, batch_size=8, checkpoints=tmp_path/'c', callbacks=[METHODS[kind](model, batch)])
     assert not [w for w in recwarn if 'invalid shape' in str(w.message)] and [*(tmp_path/'c').glob('checkpoint-*')]
 
@@ -121,13 +126,13 @@ def test_singular_values_are_what_is_lost():
     assert torch.allclose(Ut.T@e.diag()@V, B@A)
     for j in range(4): assert torch.allclose((B@A - (Ut.T@e.masked_fill(torch.arange(4) == j, 0).diag()@V)).norm(), e[j])
     low = take_apart(A, B[:, :1]@torch.ones(1, 4, dtype=torch.float64)) # rank one
-    assert (low[2] > 1e-9).sum() == 1 and all(skew(rows) < 1e-20 for rows in low[:2])
+    assert (low[2] > 1e-9).sum() == 1 and all(orthogonality_loss(rows) < 1e-20 for rows in low[:2])
 
 @pytest.mark.parametrize('r, n, k', [(1, 5, 1), (3, 8, 3), (3, 8, 6), (4, 4, 4)])
 def test_planes(r, n, k):
     rows = orthonormal(r, n, torch.empty(0, dtype=torch.float64))
     outer, inner = split(rows, k)
-    assert outer.shape == (k, n) and inner.shape == (r, k) and torch.allclose(inner@outer, rows) and skew(outer) < 1e-20 and skew(inner) < 1e-20
+    assert outer.shape == (k, n) and inner.shape == (r, k) and torch.allclose(inner@outer, rows) and orthogonality_loss(outer) < 1e-20 and orthogonality_loss(inner) < 1e-20
 
 @pytest.mark.parametrize('k', [2, 9])
 def test_planes_that_do_not_fit(k):
@@ -149,13 +154,13 @@ def test_the_pull_makes_orthonormal():
     plane = Right(orthonormal(3, 8, torch.empty(0)), 5)
     with torch.no_grad():
         for p in (plane.outer, plane.inner): p.add_(.2*torch.randn_like(p))
-    before = skew(plane.rows).item()
+    before = orthogonality_loss(plane.rows).item()
     for _ in range(200):
         plane.outer.grad, plane.inner.grad = (torch.zeros_like(p) for p in (plane.outer, plane.inner))
-        pull(plane, 1.)
+        add_orthogonality_grad(plane, 1.)
         with torch.no_grad():
             for p in (plane.outer, plane.inner): p.sub_(.02*p.grad)
-    assert before > .1 and max(skew(M).item() for M in (plane.rows, plane.outer, plane.inner)) < 1e-5
+    assert before > .1 and max(orthogonality_loss(M).item() for M in (plane.rows, plane.outer, plane.inner)) < 1e-5
 
 def test_the_budget_falls_and_ends():
     spent = [budget(s, 100, 20, 10, 60) for s in range(100)]
@@ -166,7 +171,7 @@ def test_what_was_cut_last_stays_zero(decoder, monkeypatch):
     seen = []
     class Watched(LoRA2):
         def on_step_end(self, args, state, control, **kwargs): seen.append([(left.e != 0).sum().item() for _, left in self.pairs])
-    adapter = random_adapter(fresh(decoder, 4)) # nothing is zero by itself
+    adapter = random_adapter(init_adapter(decoder, 4)) # nothing is zero by itself
     made = []
     finetune(decoder, ROWS, adapter, steps=40, lr=1e-3, batch_size=8, method=lambda m: made.append(Watched(m, 1.5, phases=(.1, .5), every=5)) or made[0])
     sums = [sum(s) for s in seen]
@@ -175,7 +180,7 @@ def test_what_was_cut_last_stays_zero(decoder, monkeypatch):
     assert sorted(seen[-1]) == sorted(made[0].ranks().values())
 
 def test_a_step_that_overflowed_is_passed_over(decoder, rows):
-    with random_adapter(fresh(decoder, 3)).on(decoder, trainable=True) as model:
+    with random_adapter(init_adapter(decoder, 3)).on(decoder, trainable=True) as model:
         made, watched, left = LoRA2(model, target=2), [], [*model.parameters()]
         for value in (1., float('inf'), float('nan'), 1.):
             for p in left:
@@ -189,7 +194,7 @@ def test_a_step_that_overflowed_is_passed_over(decoder, rows):
         assert all(s.isfinite().all() for s in watched[3])
 
 def test_the_least_important_is_cut(decoder):
-    with random_adapter(fresh(decoder, 4)).on(decoder, trainable=True) as model:
+    with random_adapter(init_adapter(decoder, 4)).on(decoder, trainable=True) as model:
         made = LoRA2(model, target=2)
         for i, (right, left) in enumerate(made.pairs):
             left.importance_e.sensitivity.copy_(torch.tensor([[3., 1., 4., 2.]]) + 10*(i == 0))
@@ -206,7 +211,7 @@ def test_an_interrupted_training_goes_on(decoder, rows, tmp_path):
             def on_step_end(self, args, state, control, **kwargs):
                 if state.global_step == steps_until: raise KeyboardInterrupt
         torch.manual_seed(0)
-        with fresh(decoder, 4).on(decoder, trainable=True) as model:
+        with init_adapter(decoder, 4).on(decoder, trainable=True) as model:
             made = Stopping(model, 2, phases=(.1, .5), every=5)
             fit(model, rows, decoder.tokenizer, 40, 3e-3, batch_size=8, checkpoints=checkpoints, callbacks=[made])
             made.finish()
@@ -231,13 +236,13 @@ def test_very_short_trainings(kind, steps, decoder, batch):
             made_one = inner(model)
             move, made_one.move = made_one.move, lambda: moves.append(1) or move()
             return made_one
-    finetune(decoder, ROWS, random_adapter(fresh(decoder, 3)), steps=steps, lr=1e-3, batch_size=8, method=method)
+    finetune(decoder, ROWS, random_adapter(init_adapter(decoder, 3)), steps=steps, lr=1e-3, batch_size=8, method=method)
     assert sum(made[0].ranks().values()) == {'lora2': 2, 'alora': 3}[kind]*28 and len(moves) == {'lora2': 0, 'alora': min(2, steps - 1)}[kind]
 
 def test_a_training_that_ends_early_is_exported_as_it_is(decoder, rows):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = state.global_step == 12
-    with random_adapter(fresh(decoder, 4)).on(decoder, trainable=True) as model:
+    with random_adapter(init_adapter(decoder, 4)).on(decoder, trainable=True) as model:
         made, ids = LoRA2(model, target=1, phases=(.1, .9), every=5), tokens()
         fit(model, rows, decoder.tokenizer, 40, 3e-3, batch_size=8, callbacks=[made, Stop()])
         with torch.no_grad():
@@ -248,7 +253,7 @@ def test_a_training_that_ends_early_is_exported_as_it_is(decoder, rows):
 def test_micro_batches_make_no_difference(decoder, rows):
     def tuned(micro):
         torch.manual_seed(0)
-        return finetune(decoder, ROWS, random_adapter(fresh(decoder, 3)), steps=8, lr=1e-3, batch_size=8, micro_batch=micro, method=partial(LoRA2, target=2, strength=.1, phases=(0., .5)))[0]
+        return finetune(decoder, ROWS, random_adapter(init_adapter(decoder, 3)), steps=8, lr=1e-3, batch_size=8, micro_batch=micro, method=partial(LoRA2, target=2, strength=.1, phases=(0., .5)))[0]
     torch.manual_seed(0)
     one = tuned(8)
     torch.manual_seed(0)
@@ -262,7 +267,7 @@ def test_what_is_no_plain_lora_is_refused(config, message, kind, tokenizer, batc
 
 @pytest.mark.parametrize('how, message', [(dict(target=5), '5 directions of a module are to be left of 4'), (dict(target=0), '0 directions'), (dict(phases=(.5, .2)), 'phases'), (dict(outer=3), r'model\.layers\.0.*: a subspace for 4 directions in 64 dimensions has 4 to 64, not 3')])
 def test_settings_that_cannot_be(how, message, decoder):
-    with fresh(decoder, 4).on(decoder, trainable=True) as model:
+    with init_adapter(decoder, 4).on(decoder, trainable=True) as model:
         with pytest.raises(ValueError, match=message): LoRA2(model, **dict(target=2) | how)
         with torch.no_grad(): model(tokens()) # the model still runs
         assert all(isinstance(m, torch.nn.Linear) for n, m in model.named_modules() if n.endswith('lora_A.default'))
@@ -275,11 +280,11 @@ def test_a_layer_that_is_too_small_is_named(tokenizer):
 
 @pytest.mark.parametrize('how, message', [(dict(room=.5), 'room for the rank'), (dict(phases=(.5, .5)), 'phases')])
 def test_settings_of_alora_that_cannot_be(how, message, decoder, batch):
-    with fresh(decoder, 2).on(decoder, trainable=True) as model:
+    with init_adapter(decoder, 2).on(decoder, trainable=True) as model:
         with pytest.raises(ValueError, match=message): ALoRA(model, batch, **how)
 
 def test_importance_is_what_the_formula_says(decoder, batch):
-    with random_adapter(fresh(decoder, 2)).on(decoder, trainable=True) as model:
+    with random_adapter(init_adapter(decoder, 2)).on(decoder, trainable=True) as model:
         made = ALoRA(model, batch)
         gated, score = made.gated, made.ablation.score
         whole_score, found = score(), made.ablation.importance()
@@ -299,7 +304,7 @@ def test_directions_move_and_their_number_stays(decoder, batch):
     assert {p: len(A) for p, (A, _) in tuned.updates.items()} == {p: max(1, r) for p, r in ranks.items()}
 
 def test_a_direction_that_opens_changes_nothing_at_first(decoder, batch):
-    with random_adapter(fresh(decoder, 2)).on(decoder, trainable=True) as model:
+    with random_adapter(init_adapter(decoder, 2)).on(decoder, trainable=True) as model:
         made, ids = ALoRA(model, batch), tokens()
         full = [l.full.clone() for l in made.gated]
         made.move()

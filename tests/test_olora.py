@@ -6,10 +6,13 @@ from models import error, logits, random_decoder, tokens, whole
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from lorasuite import olora
-from lorasuite.adapter import Adapter, balance
-from lorasuite.evaluate import evaluate
-from lorasuite.model import load_decoder
-from lorasuite.olora import MOVED, RANK, RATES, RECORDS, SEEDS, STARTS, STEPS, base_left, best_rate, captured, check_start, converted, first_move, one_run, qr_start, record_runs, recorded, started, targets, train_from
+from lorasuite.core.adapter import Adapter, balance
+from lorasuite.core.loading import load_model
+from lorasuite.training.evaluate import evaluate
+from lorasuite.tuners.qr_start import (
+    base_left, captured, check_start, converted, first_move, MOVED, qr_start, started, STARTS, targets, train_from
+)
+from lorasuite.lab.starts import best_rate, one_run, RANK, RATES, record_runs, recorded, RECORDS, SEEDS, STEPS
 
 ROWS = [dict(instruction=f'{q} {n}?', input='', output=v, answer=v) for n, v in zip('Ann Bob Cid Dan'.split(), 'Arden Birch Colm Dover'.split()) for q in ('Where does', 'Who is')]
 FAMILIES = [dict(family='llama', kv_heads=1), dict(family='gpt_neox'), dict(family='gpt2'), dict(family='phi3')]
@@ -145,7 +148,7 @@ def test_unconverted_is_refused_by_name(decoder, start, tmp_path):
 
 def test_fused_maps_are_counted_once(tokenizer):
     d = random_decoder(tokenizer, 'phi3', layers=2)
-    assert len(targets(d)) == 2*len({*d.wiring.modules.values()}) < 2*len(d.roles)
+    assert len(targets(d)) == 2*len({*d.architecture.modules.values()}) < 2*len(d.roles)
 
 # ---- the records
 
@@ -179,7 +182,7 @@ def test_an_interrupted_recording_goes_on(tmp_path, monkeypatch):
 def test_the_solution_runs(capsys):
     notebook = json.loads((Path(__file__).parents[1]/'nbs'/'23_olora.ipynb').read_text(encoding='utf-8'))
     text = next(''.join(c['source']) for c in notebook['cells'] if '<summary>Solution</summary>' in ''.join(c['source']))
-    old = load_decoder('zoo/old', dtype=torch.float32)
+    old = load_model('zoo/old', dtype=torch.float32)
     names = vars(olora) | dict(balance=balance, evaluate=evaluate, old=old, adapters={s: train_from(old, olora.TASKS['labels']()['train'][:64], s, 10, 5e-3)[0] for s in MOVED}, test=olora.TASKS['labels']()['test'][:40])
     exec(re.search(r'```python\n(.*?)```', text, re.S)[1], names)
     printed = capsys.readouterr().out

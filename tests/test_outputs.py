@@ -5,10 +5,10 @@ import pytest
 from models import error
 from safetensors.torch import load_file
 from typer.testing import CliRunner
-from lorasuite.adapter import discard, hold, new_directory, temporary
+from lorasuite.core.files import atomic_directory, data_dir, lock_directory, remove_directory, temporary_directory
+from lorasuite.stages.alignment import align
+from lorasuite.stages.transfer import transfer
 from lorasuite.cli import app
-from lorasuite.model import data_dir
-from lorasuite.transfer import align, transfer
 
 @pytest.fixture(scope='module')
 def commands(tmp_path_factory):
@@ -65,13 +65,13 @@ def test_the_disk_fills_up(commands, tmp_path, command, beyond):
 
 def test_only_what_a_killed_run_left_is_removed(tmp_path):
     (tmp_path/'.out-mine').mkdir()
-    live = temporary(tmp_path/'out')
-    handle = hold(live)
-    left = temporary(tmp_path/'out')
+    live = temporary_directory(tmp_path/'out')
+    handle = lock_directory(live)
+    left = temporary_directory(tmp_path/'out')
     (left/'half').write_text('')
-    with new_directory(tmp_path/'out') as tmp: assert {*tmp_path.iterdir()} == {tmp, live, tmp_path/'.out-mine'}
+    with atomic_directory(tmp_path/'out') as tmp: assert {*tmp_path.iterdir()} == {tmp, live, tmp_path/'.out-mine'}
     os.close(handle)
-    discard(tmp_path/'out')
+    remove_directory(tmp_path/'out')
     assert [p.name for p in tmp_path.iterdir()] == ['.out-mine']
 
 # ---- killed at any moment

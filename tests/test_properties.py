@@ -4,12 +4,14 @@ from hypothesis import given, settings, strategies as st
 from models import effect_error, error, logits, random_adapter, random_decoder, tokens, whole
 from test_families import FAMILIES, GROWTHS
 from test_laws import combine, enlarge
-from lorasuite.cka import cka_table, probe_texts
-from lorasuite.finetune import fresh
-from lorasuite.layer_mapping import layer_map
-from lorasuite.model import Decoder, load_decoder
-from lorasuite.oracle import extend_tokenizer, grow
-from lorasuite.transfer import align, transfer
+from lorasuite.core.loading import load_model
+from lorasuite.core.model import Decoder
+from lorasuite.stages.alignment import align
+from lorasuite.stages.cka import cka_table, probe_texts
+from lorasuite.stages.layer_mapping import layer_map
+from lorasuite.stages.transfer import transfer
+from lorasuite.training.finetune import init_adapter
+from lorasuite.lab.oracle import extend_tokenizer, grow
 
 FEW = probe_texts()[:16]
 few = settings(max_examples=8, deadline=None, derandomize=True)
@@ -22,7 +24,7 @@ def make(tokenizer, name, **sizes): return random_decoder(tokenizer, **dict(laye
 def test_identity(tokenizer, name, groups, size, layers, rank, seed):
     sizes = dict(heads=2*groups, kv_heads=groups, hidden=2*groups*size, layers=layers, seed=seed)
     d = make(tokenizer, name, **sizes | (dict(num_kv_heads=groups) if name == 'falcon_40b' else {}))
-    adapter = random_adapter(fresh(d, rank), seed)
+    adapter = random_adapter(init_adapter(d, rank), seed)
     assert effect_error(d, adapter, d, transfer(adapter, align(d, d, FEW))) <= 1e-4
 
 @few
@@ -31,7 +33,7 @@ def test_oracle_on_any_axes(tokenizer, name, axes, seed):
     d = make(tokenizer, name, seed=seed)
     sizes = {k: v for axis, wider in dict(width=dict(hidden=96, heads=6, kv_heads=max(1, 6*d.kv_heads//4)), layers=dict(layers=3), neurons=dict(intermediate=300)).items() if axis in axes for k, v in wider.items()}
     new, truth, new_id = enlarge(d, words='tokens' in axes, seed=seed, **sizes)
-    adapter = random_adapter(fresh(d, 3), seed)
+    adapter = random_adapter(init_adapter(d, 3), seed)
     assert error(logits(new, new_id[tokens()])[..., new_id], logits(d, tokens())) <= 1e-4
     assert effect_error(d, adapter, new, transfer(adapter, align(d, new, FEW)), new_id=new_id) <= 1e-3
 
@@ -44,7 +46,7 @@ def pair(decoder):
 @given(a=seed, b=seed, c=st.floats(-100, 100))
 def test_sums_and_scales_are_kept(pair, a, b, c):
     old, new, alignment = pair
-    one, two = (random_adapter(fresh(old, 4), s) for s in (a, b))
+    one, two = (random_adapter(init_adapter(old, 4), s) for s in (a, b))
     carried, summed = [whole(transfer(x, alignment)) for x in (one, two)], whole(transfer(combine(one, two, c), alignment))
     assert error(summed, carried[0] + c*carried[1]) <= 1e-5
 
@@ -53,7 +55,7 @@ def test_sums_and_scales_are_kept(pair, a, b, c):
 def test_two_stages_are_one(pair, seed):
     old, near, alignment = pair
     far, *_ = enlarge(near, hidden=100, layers=6, heads=8, kv_heads=4, intermediate=130, seed=seed)
-    adapter = random_adapter(fresh(old, 4), seed)
+    adapter = random_adapter(init_adapter(old, 4), seed)
     twice, once = transfer(transfer(adapter, alignment), align(near, far, FEW)), transfer(adapter, align(old, far, FEW))
     assert error(whole(twice), whole(once)) <= 1e-3
 
@@ -67,7 +69,7 @@ def test_the_numbering_of_tokens_does_not_matter(decoder, adapter, seed):
     assert effect_error(decoder, adapter, new, transfer(adapter, align(decoder, new, FEW)), new_id=new_id) <= 1e-3
 
 @pytest.fixture(scope='module')
-def shipped(): return load_decoder('zoo/old'), load_decoder('zoo/new'), probe_texts()[:96]
+def shipped(): return load_model('zoo/old'), load_model('zoo/new'), probe_texts()[:96]
 
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(batch=st.integers(4, 32))

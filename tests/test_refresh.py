@@ -8,19 +8,24 @@ from test_finetune import launch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
-from lorasuite.adapter import Adapter
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import data_dir
+from lorasuite.core.loading import load_model
+from lorasuite.core.tokens import bytes_to_id, id_to_bytes
+from lorasuite.training.evaluate import evaluate
+from lorasuite.training.examples import encode, load_data
+from lorasuite.training.finetune import finetune, init_adapter
+from lorasuite.training.refresh import (
+    continuations, distillation_data, project_to_vocabulary, pseudo_label, refresh, SoftTargetLoss, student_targets,
+    teacher_top_k, token_starts, token_texts
+)
+from lorasuite.lab.world import corpus
 from lorasuite.cli import app
-from lorasuite.evaluate import evaluate
-from lorasuite.finetune import encode, finetune, fresh, load_data
-from lorasuite.model import data_dir, load_decoder
-from lorasuite.refresh import Targets, continuations, explain, homework, lessons, place, pseudo_label, refresh, sayings, starts
-from lorasuite.transfer_matrix import bytes_of, token_bytes
-from lorasuite.zoo import corpus
 
 ROWS = [dict(instruction=f'Where does {n} live?', input='', output=v, answer=v) for n, v in zip('Ann Bob Cid Dan Eve Fay Gus Hal'.split(), 'Arden Birch Colm Dover Elmo Ferry Gale Hythe'.split())]
 
 @pytest.fixture(scope='module')
-def zoo(): return {n: load_decoder(f'zoo/{n}') for n in ('old', 'stranger')}
+def zoo(): return {n: load_model(f'zoo/{n}') for n in ('old', 'stranger')}
 
 @pytest.fixture(scope='module')
 def specialist(): return Adapter.load('zoo/adapter')
@@ -29,7 +34,7 @@ def specialist(): return Adapter.load('zoo/adapter')
 def questions(): return load_data(data_dir()/'zoo'/'train.jsonl', labelled=False)[:48]
 
 @pytest.fixture(scope='module')
-def taught(zoo, specialist, questions): return lessons(zoo['old'], questions, specialist)
+def taught(zoo, specialist, questions): return distillation_data(zoo['old'], questions, specialist)
 
 def metaspace():
     "A tokenizer that writes a space as `▁`, puts one before every text, and falls back to bytes"
@@ -42,10 +47,10 @@ def metaspace():
 def tokenizers(zoo): return [zoo['old'].tokenizer, zoo['stranger'].tokenizer, metaspace()]
 
 @cache
-def words_of(tokenizer): return bytes_of(tokenizer) | {tokenizer.eos_token_id: b''}
+def words_of(tokenizer): return id_to_bytes(tokenizer) | {tokenizer.eos_token_id: b''}
 
 @cache
-def vocabulary_of(tokenizer): return {b: i for b, i in token_bytes(tokenizer).items() if i not in tokenizer.all_special_ids}
+def vocabulary_of(tokenizer): return {b: i for b, i in bytes_to_id(tokenizer).items() if i not in tokenizer.all_special_ids}
 
 def answer_of(tokenizer, text):
     "The bytes of the tokens of an answer, its end included"
@@ -60,7 +65,7 @@ texts = st.one_of(st.text('Kirk read barer 12 éß漢😀', min_size=1, max_size
 def test_tokens_start_where_their_bytes_do(tokenizers, text):
     for tokenizer in tokenizers:
         tokens = answer_of(tokenizer, text)
-        whole, at = b''.join(tokens), starts(tokens)
+        whole, at = b''.join(tokens), token_starts(tokens)
         assert whole.endswith(f' {text}'.encode()) and at[-1] == 0
         for token, a in zip(tokens, at): assert whole[len(whole) + a:].startswith(token)
 
@@ -75,49 +80,49 @@ def test_mass_is_conserved_at_every_shared_boundary(tokenizers, text, rng):
         lesson = dict(tokens=tokens, options=options, chances=[[w/sum(ws) for w in ws] for ws in weights])
         for student in tokenizers:
             cut = answer_of(student, text)
-            shared = {*starts(tokens)} & {*starts(cut)}
+            shared = {*token_starts(tokens)} & {*token_starts(cut)}
             assert 0 in shared
-            for token, start, stop in zip(cut, starts(cut), [*starts(cut)[1:], 0]):
+            for token, start, stop in zip(cut, token_starts(cut), [*token_starts(cut)[1:], 0]):
                 said = continuations(lesson, start, stop)
                 if start in shared: assert sum(said.values()) == pytest.approx(1)
                 else: assert sum(said.values()) <= 1 + 1e-9
-                if starts(tokens)[0] <= start: assert said[token] > 0, 'what is said is among what may be said'
-                spread = place(said, vocabulary_of(student), student.eos_token_id)
+                if token_starts(tokens)[0] <= start: assert said[token] > 0, 'what is said is among what may be said'
+                spread = project_to_vocabulary(said, vocabulary_of(student), student.eos_token_id)
                 assert not spread or sum(spread.values()) == pytest.approx(1)
 
 BREAD = dict(tokens=[b' b', b'read', b''], options=[[b' b', b' c'], [b'read', b'ell'], [b'', b's']], chances=[[.9, .1], [.5, .5], [.8, .2]])
 
 def test_a_long_token_takes_the_product_of_the_short_ones():
     assert continuations(BREAD, -6, 0) == pytest.approx({b' bread': .45, b' bell': .45, b' c': .1})
-    assert place(continuations(BREAD, -6, 0), {b' bread': 3, b' b': 4, b' c': 5}, 1) == pytest.approx({3: .45, 4: .45, 5: .1})
+    assert project_to_vocabulary(continuations(BREAD, -6, 0), {b' bread': 3, b' b': 4, b' c': 5}, 1) == pytest.approx({3: .45, 4: .45, 5: .1})
     assert continuations(BREAD, 0, 0) == pytest.approx({b'': .8, b's': .2})
 
 def test_a_short_token_takes_the_sum_of_the_long_ones_and_the_next_what_agrees():
     lesson = dict(tokens=[b' bread', b''], options=[[b' bread', b' bell', b' cat'], [b'']], chances=[[.6, .2, .2], [1.]])
     vocabulary = {b' b': 3, b' c': 4, b're': 5, b'e': 6, b'ad': 7}
-    assert place(continuations(lesson, -6, -4), vocabulary, 1) == pytest.approx({3: .8, 4: .2})
-    assert place(continuations(lesson, -4, -2), vocabulary, 1) == pytest.approx({5: .75, 6: .25})
-    assert place(continuations(lesson, -2, 0), vocabulary, 1) == pytest.approx({7: 1})
+    assert project_to_vocabulary(continuations(lesson, -6, -4), vocabulary, 1) == pytest.approx({3: .8, 4: .2})
+    assert project_to_vocabulary(continuations(lesson, -4, -2), vocabulary, 1) == pytest.approx({5: .75, 6: .25})
+    assert project_to_vocabulary(continuations(lesson, -2, 0), vocabulary, 1) == pytest.approx({7: 1})
 
 def test_what_has_no_token_is_left_out():
-    assert place({b'x': .5, b'a': .25, b'': .25}, {b'a': 3}, 1) == pytest.approx({3: .5, 1: .5})
-    assert place({b'x': 1.}, {b'a': 3}, 1) == {} == place({}, {b'a': 3}, 1)
+    assert project_to_vocabulary({b'x': .5, b'a': .25, b'': .25}, {b'a': 3}, 1) == pytest.approx({3: .5, 1: .5})
+    assert project_to_vocabulary({b'x': 1.}, {b'a': 3}, 1) == {} == project_to_vocabulary({}, {b'a': 3}, 1)
     assert continuations(BREAD, -9, -6) == {}, 'before the answer begins'
 
 def test_ordinary_tokens_go_before_spare_bytes():
     tok = metaspace()
-    assert tok.convert_ids_to_tokens(token_bytes(tok)[b'e']) == 'e' and tok.convert_ids_to_tokens(token_bytes(tok)[b'\xc3']) == '<0xC3>'
+    assert tok.convert_ids_to_tokens(bytes_to_id(tok)[b'e']) == 'e' and tok.convert_ids_to_tokens(bytes_to_id(tok)[b'\xc3']) == '<0xC3>'
 
 def test_a_line_break_may_end_an_answer(tokenizer):
-    said, line = sayings(tokenizer, '\n'), token_bytes(tokenizer)[b'\n']
+    said, line = token_texts(tokenizer, '\n'), bytes_to_id(tokenizer)[b'\n']
     assert said[line] == b'' == said[tokenizer.eos_token_id] and tokenizer.pad_token_id not in said
-    assert sayings(tokenizer)[line] == b'\n', 'unless it belongs to the answer'
+    assert token_texts(tokenizer)[line] == b'\n', 'unless it belongs to the answer'
 
 # ---- the same tokenizer
 
 def test_the_same_tokenizer_changes_nothing(zoo, specialist, taught):
     tok = zoo['old'].tokenizer
-    rows, targets = homework([*taught], tok, 1.)
+    rows, targets = student_targets([*taught], tok, 1.)
     row, labels = rows[5], torch.tensor(rows[5]['labels'])
     with specialist.on(zoo['old']) as model, torch.no_grad(): p = model(torch.tensor([row['input_ids']])).logits[0].softmax(-1)
     for at in (labels >= 0).nonzero().flatten():
@@ -126,7 +131,7 @@ def test_the_same_tokenizer_changes_nothing(zoo, specialist, taught):
 
 def test_hard_labels_are_the_answer_alone(zoo, taught):
     for d in zoo.values():
-        rows, targets = homework([*taught], d.tokenizer, 0.)
+        rows, targets = student_targets([*taught], d.tokenizer, 0.)
         assert targets.p[:, 0].eq(1).all() and targets.p[:, 1:].sum() == 0
         for e, row in zip(taught, rows):
             hard = encode(e, d.tokenizer)
@@ -134,7 +139,7 @@ def test_hard_labels_are_the_answer_alone(zoo, taught):
 
 def test_the_loss_of_hard_labels_is_the_models_own(zoo, taught):
     d = zoo['stranger']
-    rows, targets = homework([*taught][:1], d.tokenizer, 0.)
+    rows, targets = student_targets([*taught][:1], d.tokenizer, 0.)
     hard, ids = encode(taught[0], d.tokenizer), torch.tensor([rows[0]['input_ids']])
     with torch.no_grad(): out = d.model(ids, labels=torch.tensor([hard['labels']]))
     labels = torch.tensor([rows[0]['labels']])
@@ -148,40 +153,40 @@ def test_lessons_say_what_the_specialist_answers(zoo, specialist, questions, tau
     assert all(max(c) == dict(zip(o, c))[t] for e in taught for t, o, c in zip(e['tokens'], e['options'], e['chances']))
 
 def test_lessons_are_kept(zoo, specialist, questions, taught, tmp_path, monkeypatch):
-    first = lessons(zoo['old'], questions, specialist, keep=tmp_path/'kept')
-    monkeypatch.setattr('lorasuite.refresh.generate', None)
-    again = lessons(zoo['old'], questions, Adapter.load('zoo/adapter'), keep=tmp_path/'kept')
+    first = distillation_data(zoo['old'], questions, specialist, keep=tmp_path/'kept')
+    monkeypatch.setattr('lorasuite.training.refresh.generate', None)
+    again = distillation_data(zoo['old'], questions, Adapter.load('zoo/adapter'), keep=tmp_path/'kept')
     assert [*again] == [*first] == [*taught]
     for other in (dict(inputs=questions[1:]), dict(adapter=None), dict(top=3)):
-        with pytest.raises(ValueError, match='kept holds lessons of another specialist'): lessons(zoo['old'], **dict(inputs=questions, adapter=specialist, keep=tmp_path/'kept') | other)
+        with pytest.raises(ValueError, match='kept holds lessons of another specialist'): distillation_data(zoo['old'], **dict(inputs=questions, adapter=specialist, keep=tmp_path/'kept') | other)
 
 def test_answers_that_teach_nothing(decoder, monkeypatch):
-    monkeypatch.setattr('lorasuite.refresh.generate', lambda *a, **k: ['Kirk', '', 'Kirk '*30])
+    monkeypatch.setattr('lorasuite.training.refresh.generate', lambda *a, **k: ['Kirk', '', 'Kirk '*30])
     assert [e['instruction'] for e in pseudo_label(None, decoder.tokenizer, ROWS[:3])] == [ROWS[0]['instruction']]
-    monkeypatch.setattr('lorasuite.refresh.generate', lambda *a, **k: ['', '', ''])
-    with pytest.raises(ValueError, match='left all 3 inputs unanswered'): lessons(decoder, ROWS[:3])
-    with pytest.raises(ValueError, match='no inputs'): lessons(decoder, [])
+    monkeypatch.setattr('lorasuite.training.refresh.generate', lambda *a, **k: ['', '', ''])
+    with pytest.raises(ValueError, match='left all 3 inputs unanswered'): distillation_data(decoder, ROWS[:3])
+    with pytest.raises(ValueError, match='no inputs'): distillation_data(decoder, [])
 
 # ---- students
 
 def test_the_specialist_has_nothing_to_learn_from_itself(zoo, specialist, taught):
     old = zoo['old']
-    rows, targets = homework([*taught], old.tokenizer, 1.)
+    rows, targets = student_targets([*taught], old.tokenizer, 1.)
     entropy = -(targets.p*targets.p.clamp_min(1e-30).log()).sum(1).mean().item()
     same, losses = refresh(old, taught, specialist, soft=1., steps=10, lr=1e-4, batch_size=len(taught))
     assert losses[0] == pytest.approx(entropy, abs=2e-3)
     assert evaluate(old, [*taught], same).accuracy == 1
 
 def test_a_fresh_student_learns_the_answers(decoder):
-    taught = [e | n for e, n in zip(ROWS, explain(decoder.model, decoder.tokenizer, ROWS))]
+    taught = [e | n for e, n in zip(ROWS, teacher_top_k(decoder.model, decoder.tokenizer, ROWS))]
     for soft in (0., .3):
-        student, losses = refresh(decoder, taught, fresh(decoder, 8), soft=soft, steps=40, lr=1e-2, batch_size=8)
+        student, losses = refresh(decoder, taught, init_adapter(decoder, 8), soft=soft, steps=40, lr=1e-2, batch_size=8)
         assert evaluate(decoder, ROWS, student).accuracy == 1 and losses[-1] < losses[0]/2
 
 def test_gold_wins(decoder, taught, monkeypatch):
     gold = [{k: e[k] for k in ('instruction', 'input')} | dict(output='Nowhere', answer='Nowhere') for e in [*taught][:3]]
     seen = {}
-    monkeypatch.setattr('lorasuite.refresh.finetune', lambda decoder, rows, adapter, loss, **k: (Adapter({}), seen.update(rows=rows, loss=loss) or [0.]))
+    monkeypatch.setattr('lorasuite.training.refresh.finetune', lambda decoder, rows, adapter, loss, **k: (Adapter({}), seen.update(rows=rows, loss=loss) or [0.]))
     refreshed, _ = refresh(decoder, taught, labelled=gold)
     said = [decoder.tokenizer.decode(r['input_ids']) for r in seen['rows']]
     assert len(said) == len(taught) and sum('Nowhere' in s for s in said) == 3
@@ -191,32 +196,32 @@ def test_gold_wins(decoder, taught, monkeypatch):
     assert last.max(1).values.eq(1).all(), 'a true label is not softened'
 
 def test_an_interrupted_refresh_goes_on(decoder, adapter, tmp_path, monkeypatch):
-    taught = [e | n for e, n in zip(ROWS, explain(decoder.model, decoder.tokenizer, ROWS))]
+    taught = [e | n for e, n in zip(ROWS, teacher_top_k(decoder.model, decoder.tokenizer, ROWS))]
     whole_run, _ = refresh(decoder, taught, adapter, steps=10, lr=1e-2, batch_size=8)
     def power_cut(self, args, state, control, **kwargs):
         if state.global_step == 7: raise KeyboardInterrupt
     settings = dict(steps=10, lr=1e-2, batch_size=8, checkpoints=tmp_path/'checkpoints', progress=True)
     with monkeypatch.context() as m:
-        m.setattr('lorasuite.finetune.Bar.on_log', power_cut)
+        m.setattr('lorasuite.training.trainer.Bar.on_log', power_cut)
         with pytest.raises(KeyboardInterrupt): refresh(decoder, taught, adapter, **settings)
     with pytest.raises(ValueError, match='interrupted run'): refresh(decoder, taught, adapter, soft=.25, **settings)
     resumed, losses = refresh(decoder, taught, adapter, **settings)
     assert len(losses) == 10 and error(whole(resumed), whole(whole_run)) <= 1e-5
 
 def test_micro_batches_add_up(decoder, adapter):
-    taught = [e | n for e, n in zip(ROWS, explain(decoder.model, decoder.tokenizer, ROWS))]
+    taught = [e | n for e, n in zip(ROWS, teacher_top_k(decoder.model, decoder.tokenizer, ROWS))]
     once, _ = refresh(decoder, taught, adapter, steps=3, lr=1e-3, batch_size=8)
     bits, _ = refresh(decoder, taught, adapter, steps=3, lr=1e-3, batch_size=8, micro_batch=2)
     assert error(whole(bits), whole(once)) < .05*error(whole(once), whole(adapter))
 
 def test_validation_is_measured_on_true_answers(decoder, adapter):
-    taught = [e | n for e, n in zip(ROWS, explain(decoder.model, decoder.tokenizer, ROWS))]
+    taught = [e | n for e, n in zip(ROWS, teacher_top_k(decoder.model, decoder.tokenizer, ROWS))]
     _, run = refresh(decoder, taught[:4], adapter, validation=ROWS[4:], steps=2, lr=1e-4, batch_size=4)
     _, plain = finetune(decoder, ROWS[:4], adapter, validation=ROWS[4:], steps=2, lr=1e-4, batch_size=4)
     assert run.validation[0] == pytest.approx(plain.validation[0], rel=1e-4)
 
 def test_packed_lessons_teach_the_same(decoder, adapter):
-    taught = [e | n for e, n in zip(ROWS, explain(decoder.model, decoder.tokenizer, ROWS))]
+    taught = [e | n for e, n in zip(ROWS, teacher_top_k(decoder.model, decoder.tokenizer, ROWS))]
     padded, packed = (refresh(decoder, taught, adapter, steps=3, lr=1e-3, batch_size=8, pack=pack) for pack in (False, True))
     assert error(whole(packed[0]), whole(padded[0])) < 1e-3 and packed[1] == pytest.approx(padded[1], rel=1e-4)
 

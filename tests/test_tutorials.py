@@ -8,9 +8,10 @@ import pytest, torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from models import random_decoder
-from lorasuite import Adapter, Alignment
-from lorasuite.model import load_decoder
-from lorasuite.zoo import new_tokenizer
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.loading import load_model
+from lorasuite.stages.alignment import Alignment
+from lorasuite.lab.zoo import new_tokenizer
 
 matplotlib.use('Agg')
 CELLS = [''.join(c['source']) for c in json.loads((Path(__file__).parents[1]/'nbs'/'tutorials'/'upgrade.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
@@ -108,7 +109,7 @@ def check_adapters(ran, out):
     assert {f.name for f in (out/'adapter').iterdir()} == {'README.md', 'adapter_config.json', 'adapter_model.safetensors'}
     again = Adapter.load(out/'adapter')
     assert again.updates.keys() == ran['tuned'].updates.keys() and again.base == ran['names'][1]
-    base = load_decoder(ran['names'][1])
+    base = load_model(ran['names'][1])
     ids = base.tokenizer('Is 3 even?', return_tensors='pt').input_ids
     with torch.no_grad():
         plain = base.model(ids).logits
