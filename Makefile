@@ -1,4 +1,4 @@
-.PHONY: demo test docs notebooks readme zoo experiments budgets real hop clean
+.PHONY: demo test docs notebooks readme style zoo experiments budgets real hop clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -15,10 +15,12 @@ test: .venv/dev
 	@$(BIN)/python tools/check_export.py
 	@echo "== README.md is nbs/index.ipynb"
 	@$(BIN)/python tools/readme.py --check
+	@echo "== lines are short"
+	@$(BIN)/python tools/check_lines.py
 	@echo "== notebooks are clean and executed"
 	@$(BIN)/python tools/check_notebooks.py
 	@echo "== notebooks run"
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/run_notebooks.py --check --workers 2
 	@echo "== website builds"
 	@if [ -x $(BIN)/smalldocs ] || command -v quarto; then $(BIN)/python tools/docs.py; \
 	 else echo "not built: needs quarto, or Python 3.11 or later for smalldocs"; fi
@@ -36,6 +38,9 @@ notebooks: .venv/dev
 
 readme: .venv/dev
 	$(BIN)/python tools/readme.py
+
+style: .venv/library
+	$(BIN)/python tools/measure_style.py
 
 zoo: .venv/library
 	$(BIN)/python -m lorasuite.lab.zoo && $(BIN)/python -m lorasuite.lab.demo

@@ -18,5 +18,6 @@ setup(
     python_requires=f'>={cfg["min_python"]}', install_requires=cfg['requirements'].split(), extras_require=extras,
     packages=find_packages(include=[cfg['lib_name'], f'{cfg["lib_name"]}.*']),
     package_data={cfg['lib_name']: cfg['package_data'].split()},
-    entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=[f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']),
+    entry_points=dict(
+        console_scripts=cfg['console_scripts'].split(), nbdev=[f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']),
     zip_safe=False)

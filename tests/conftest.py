@@ -10,7 +10,8 @@ from lorasuite.lab.zoo import new_tokenizer
 torch.set_num_threads(1)
 
 def pytest_configure(config):
-    for noise in ('ignore::FutureWarning', 'ignore:Could not find a config file'): config.addinivalue_line('filterwarnings', noise)
+    for noise in ('ignore::FutureWarning', 'ignore:Could not find a config file'):
+        config.addinivalue_line('filterwarnings', noise)
 
 @pytest.fixture(scope='session')
 def tokenizer(): return new_tokenizer(512, seed=1)

@@ -4,10 +4,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.model import Decoder
 
-def random_decoder(tokenizer, family='llama', hidden=64, layers=4, heads=4, kv_heads=2, intermediate=96, seed=0, **config):
+def random_decoder(tokenizer, family='llama', hidden=64, layers=4, heads=4, kv_heads=2, intermediate=96, seed=0,
+                   **config):
     "An untrained model whose norm gains, offsets and biases are random too"
-    sizes = dict(vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                 intermediate_size=intermediate, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=1, tie_word_embeddings=False, initializer_range=.1)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                 num_key_value_heads=kv_heads, intermediate_size=intermediate, max_position_embeddings=256,
+                 pad_token_id=0, eos_token_id=1, bos_token_id=1, tie_word_embeddings=False, initializer_range=.1)
     if family == 'opt': sizes |= dict(ffn_dim=intermediate, word_embed_proj_dim=hidden)
     if family in ('qwen3', 'gemma2', 'gemma3_text'): sizes |= dict(head_dim=hidden//heads)
     torch.manual_seed(seed)
@@ -20,11 +22,13 @@ def random_decoder(tokenizer, family='llama', hidden=64, layers=4, heads=4, kv_h
 def random_adapter(adapter, seed=0):
     "The same adapter with a random B: as if it had been trained"
     torch.manual_seed(seed)
-    return Adapter({p: (A, .05*torch.randn_like(B)) for p, (A, B) in adapter.updates.items()}, adapter.base, adapter.layers)
+    updates = {p: (A, .05*torch.randn_like(B)) for p, (A, B) in adapter.updates.items()}
+    return Adapter(updates, adapter.base, adapter.layers)
 
 def only(adapter, leaf):
     "The updates of one module type, e.g. `q_proj`"
-    return Adapter({p: ab for p, ab in adapter.updates.items() if p.endswith(leaf)}, adapter.base, adapter.layers)
+    updates = {p: ab for p, ab in adapter.updates.items() if p.endswith(leaf)}
+    return Adapter(updates, adapter.base, adapter.layers)
 
 def tokens(vocab=512, texts=3, length=20, seed=0):
     "Random token ids, none of them special"
@@ -40,10 +44,12 @@ def effect(decoder, ids, adapter):
     "What the adapter adds to the logits"
     return logits(decoder, ids, adapter) - logits(decoder, ids)
 
-def error(found, true): return ((found - true).norm()/true.norm()).item()
+def error(found, true):
+    "Relative error in the Frobenius norm"
+    return ((found - true).norm()/true.norm()).item()
 
 def effect_error(old, adapter, new, carried, ids=None, new_id=None):
-    "How far the carried adapter's effect on the new model is from the adapter's on the old; `new_id`: new id of every old token"
+    "How far the effect of `carried` on `new` is from that of `adapter` on `old`; `new_id`: new id of every old token"
     ids = tokens(old.vocab) if ids is None else ids
     new_id = torch.arange(old.vocab) if new_id is None else new_id
     return error(effect(new, new_id[ids], carried)[..., new_id], effect(old, ids, adapter))

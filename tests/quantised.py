@@ -1,4 +1,6 @@
-"""Carry an adapter to a quantised copy of its base and back, and train one on it; a program of its own, because bitsandbytes changes what other libraries do when they find it"""
+"""Carry an adapter to a quantised copy of its base and back, and train one on it
+
+A program of its own, because bitsandbytes changes what other libraries do when they find it"""
 import os, sys, tempfile
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
 from pathlib import Path
@@ -17,21 +19,31 @@ from lorasuite.lab.zoo import new_tokenizer
 tokenizer, (bits, bound) = new_tokenizer(512, seed=1), sys.argv[1:]
 plain = random_decoder(tokenizer, intermediate=128)
 with tempfile.TemporaryDirectory() as d:
-    plain.model.save_pretrained(f'{d}/plain'), tokenizer.save_pretrained(f'{d}/small')
-    AutoModelForCausalLM.from_pretrained(f'{d}/plain', quantization_config=BitsAndBytesConfig(**{bits: True}), device_map='cpu').save_pretrained(f'{d}/small')
+    plain.model.save_pretrained(f'{d}/plain')
+    tokenizer.save_pretrained(f'{d}/small')
+    settings = BitsAndBytesConfig(**{bits: True})
+    small = AutoModelForCausalLM.from_pretrained(f'{d}/plain', quantization_config=settings, device_map='cpu')
+    small.save_pretrained(f'{d}/small')
     small = load_model(Path(d)/'small')
-    quantised = AutoModelForCausalLM.from_pretrained(f'{d}/small') # `load_decoder` gives it back in full on a CPU
+    quantised = AutoModelForCausalLM.from_pretrained(f'{d}/small') # `load_model` gives it back in full on a CPU
 adapter, there, back = random_adapter(init_adapter(plain, 4)), align(plain, small), align(small, plain)
-for maps in there.blocks: assert maps['heads'].tolist() == list(range(4)) and maps['neurons'].tolist() == list(range(128))
-off = error(whole(transfer(adapter, there)), whole(adapter)), error(whole(transfer(transfer(adapter, there), back)), whole(adapter))
+for maps in there.blocks:
+    assert maps.heads.tolist() == list(range(4))
+    assert maps.neurons.tolist() == list(range(128))
+carried = transfer(adapter, there)
+off = error(whole(carried), whole(adapter)), error(whole(transfer(carried, back)), whole(adapter))
 assert 0 < off[0] <= float(bound) and off[1] <= float(bound), off
 print('carried', off)
 
-rows = [encode(dict(instruction=f'Where does {n} live?', output=v), tokenizer) for n, v in (('Ann', 'Arden'), ('Bob', 'Birch'), ('Cid', 'Colm'), ('Dan', 'Dover'))]
+homes = dict(Ann='Arden', Bob='Birch', Cid='Colm', Dan='Dover')
+rows = [encode(dict(instruction=f'Where does {n} live?', output=v), tokenizer) for n, v in homes.items()]
 base = {n: p.clone() for n, p in quantised.named_parameters()}
 model = get_peft_model(quantised, LoraConfig(r=4, lora_alpha=4, task_type='CAUSAL_LM'))
-runs = [fit(model, rows, tokenizer, 15, 1e-2, batch_size=4, **more) for more in ({}, dict(gradient_checkpointing=True))]
+options = [{}, dict(gradient_checkpointing=True)]
+runs = [fit(model, rows, tokenizer, 15, 1e-2, batch_size=4, **more) for more in options]
 assert all(run[-1] < run[0] - .5 for run in runs), runs
-assert {p.dtype for p in quantised.parameters() if p.requires_grad} == {torch.float32} and len({p.dtype for p in base.values()}) > 1
-assert all(p.equal(base[n.replace('.base_layer', '')]) for n, p in model.get_base_model().named_parameters() if 'lora' not in n)
+assert {p.dtype for p in quantised.parameters() if p.requires_grad} == {torch.float32}
+assert len({p.dtype for p in base.values()}) > 1
+after = {n.replace('.base_layer', ''): p for n, p in model.get_base_model().named_parameters() if 'lora' not in n}
+assert all(p.equal(base[n]) for n, p in after.items())
 print('trained', runs[0][0], runs[1][-1])

@@ -1,10 +1,11 @@
-"""The other ways to get an adapter onto a new base: what they must keep, what they must name, and that PEFT takes what they give"""
+"""Other ways to get an adapter onto a new base: what they keep, what they name, and that PEFT reads the result"""
 from dataclasses import replace
 import pytest, torch
 from models import effect, effect_error, error, random_adapter, random_decoder, tokens, whole
 from test_families import FAMILIES, PAIRS, model, trained
 from test_laws import combine
 from lorasuite.core.adapter import Adapter
+from lorasuite.core.block import read_block
 from lorasuite.core.model import Decoder, model_info
 from lorasuite.stages.alignment import align
 from lorasuite.stages.cka import probe_texts
@@ -16,11 +17,13 @@ from lorasuite.lab.oracle import grow
 
 def projected(d, l, role, delta, rank=10**6):
     "What Cross-LoRA must make of a dense update that stays on its model: a projection to the directions of the weight"
-    W = d.weight(l, role, fold=False)
+    W = read_block(d, l).weight(role, fold=False)
     U, _, Vt = torch.linalg.svd(W, full_matrices=False)
     return U[:, :rank]@(U[:, :rank].T@delta@Vt[:rank].T)@Vt[:rank]
 
-def by_role(adapter, d): return {k: (B@A).double() for k, (A, B) in split_by_role(adapter, model_info(d)).items()}
+def by_role(adapter, d):
+    "Dense updates by layer and role"
+    return {k: (B@A).double() for k, (A, B) in split_by_role(adapter, model_info(d)).items()}
 
 # ---- direct copy
 
@@ -36,7 +39,8 @@ def test_a_copy_to_the_same_model_is_exact(name, model, trained):
 def test_a_copy_between_families_copies_or_names_every_update(old, new, model, trained):
     a, b = model(old), model(new)
     before, copied = by_role(trained(old), a), direct_copy(trained(old), a, b)
-    after = {k: delta for k, delta in by_role(copied, b).items() if delta.any()} # roles that share a module have zeros for those that were left out
+    # roles that share a module have zeros for those that were left out
+    after = {k: delta for k, delta in by_role(copied, b).items() if delta.any()}
     assert len(after) + len(copied.skipped) == len(before)
     for k, delta in after.items(): assert error(delta, before[k]) <= 1e-5
     for path, why in copied.skipped.items(): assert 'against' in why or 'has no' in why, path
@@ -46,26 +50,32 @@ def test_a_copy_to_another_seed_of_the_same_shape(model, trained, tokenizer):
     assert torch.equal(whole(direct_copy(trained('llama'), model('llama'), other)), whole(trained('llama')))
 
 def test_a_copy_names_layers_roles_and_shapes(model, trained, tokenizer):
-    a = model('llama')
-    one, wide, plain = random_decoder(tokenizer, layers=1), random_decoder(tokenizer, layers=2, intermediate=150), model('opt')
-    assert {*direct_copy(trained('llama'), a, one).skipped.values()} == {'the new model has no layer 1'}
-    assert direct_copy(trained('llama'), a, wide).skipped['model.layers.1.mlp.down_proj (down)'] == '64×96 against 64×150'
-    assert direct_copy(trained('llama'), a, plain).skipped['model.layers.0.mlp.gate_proj (gate)'] == 'the new model has no gate'
-    with pytest.raises(ValueError, match='nothing of the adapter has a place .* 64×64 against 80×80'): direct_copy(trained('llama'), a, random_decoder(tokenizer, layers=2, hidden=80))
+    a, adapter, plain = model('llama'), trained('llama'), model('opt')
+    one = random_decoder(tokenizer, layers=1)
+    wide, wider = (random_decoder(tokenizer, layers=2, **size) for size in (dict(intermediate=150), dict(hidden=80)))
+    assert {*direct_copy(adapter, a, one).skipped.values()} == {'the new model has no layer 1'}
+    assert direct_copy(adapter, a, wide).skipped['model.layers.1.mlp.down_proj (down)'] == '64×96 against 64×150'
+    assert direct_copy(adapter, a, plain).skipped['model.layers.0.mlp.gate_proj (gate)'] == 'the new model has no gate'
+    with pytest.raises(ValueError, match='nothing of the adapter has a place .* 64×64 against 80×80'):
+        direct_copy(adapter, a, wider)
     with pytest.raises(ValueError, match='was it trained on another model'): direct_copy(trained('opt'), a, plain)
 
 def with_ends(d):
     "Updates of both embeddings and a whole row of one token"
     ends, g = d.embedding_paths(), torch.Generator().manual_seed(0)
     pair = lambda m, n: (torch.randn(2, n, generator=g), torch.randn(m, 2, generator=g))
-    return Adapter({ends['head']: pair(d.vocab, d.hidden)}, embeddings={ends['embedding']: pair(d.hidden, d.vocab)}, rows={ends['embedding']: (torch.tensor([7]), torch.randn(1, d.hidden, generator=g))})
+    head, table = {ends['head']: pair(d.vocab, d.hidden)}, {ends['embedding']: pair(d.hidden, d.vocab)}
+    row = torch.tensor([7]), torch.randn(1, d.hidden, generator=g)
+    return Adapter(head, embeddings=table, rows={ends['embedding']: row})
 
 def test_a_copy_of_embeddings(model, tokenizer):
     a, neox = model('llama'), model('gpt_neox')
     adapter, ends = with_ends(a), neox.embedding_paths()
     copied = direct_copy(adapter, a, neox)
-    assert torch.equal(copied.delta(ends['head']), adapter.delta('lm_head')) and torch.equal(copied.rows[ends['embedding']][1], adapter.rows['model.embed_tokens'][1])
-    assert torch.equal(copied.delta(ends['embedding']), adapter.delta('model.embed_tokens')) and not copied.skipped
+    assert torch.equal(copied.delta(ends['head']), adapter.delta('lm_head'))
+    assert torch.equal(copied.rows[ends['embedding']][1], adapter.rows['model.embed_tokens'][1])
+    assert torch.equal(copied.delta(ends['embedding']), adapter.delta('model.embed_tokens'))
+    assert not copied.skipped
     wider = random_decoder(tokenizer, layers=2, hidden=80)
     with pytest.raises(ValueError, match='512×64 against 512×80'): direct_copy(adapter, a, wider)
     with pytest.raises(ValueError, match='projections of the blocks only'): cross_lora(adapter, a, wider)
@@ -96,7 +106,9 @@ def test_cross_lora_between_families(old, new, model, trained):
     assert effect(b, tokens(), carried).isfinite().all() and {*carried.skipped.values()} <= {'the new model has no gate'}
 
 @pytest.fixture(scope='module')
-def bigger(model): return Decoder(grow(model('llama'), hidden=96, layers=4, heads=6, kv_heads=3, intermediate=150, seed=3)[0], model('llama').tokenizer, 'random/grown')
+def bigger(model):
+    grown, _ = grow(model('llama'), hidden=96, layers=4, heads=6, kv_heads=3, intermediate=150, seed=3)
+    return Decoder(grown, model('llama').tokenizer, 'random/grown')
 
 def test_cross_lora_is_linear_and_keeps_the_rank(model, trained, bigger):
     a, b = trained('llama'), random_adapter(trained('llama'), seed=1)
@@ -106,7 +118,8 @@ def test_cross_lora_is_linear_and_keeps_the_rank(model, trained, bigger):
 
 def test_cross_lora_to_a_shallower_model(model, trained, bigger):
     back = cross_lora(random_adapter(init_adapter(bigger, 4)), bigger, model('llama'))
-    assert {*back.skipped.values()} == {'the new model has no layer 2', 'the new model has no layer 3'} and effect(model('llama'), tokens(), back).isfinite().all()
+    assert {*back.skipped.values()} == {'the new model has no layer 2', 'the new model has no layer 3'}
+    assert effect(model('llama'), tokens(), back).isfinite().all()
 
 def test_cross_lora_does_not_depend_on_signs(model, trained, bigger, monkeypatch):
     plain, svd = cross_lora(trained('llama'), model('llama'), bigger), torch.linalg.svd
@@ -124,17 +137,22 @@ def test_random_and_rescaled_updates_have_the_norms(model, trained, bigger):
     carried = transfer(trained('llama'), ours)
     paper, rescaled = published(trained('llama'), a, bigger), published_rescaled(trained('llama'), a, bigger, ours)
     for p in carried.updates:
-        for x in (random_like(carried), match_norm(paper, carried), rescaled): assert x.norm(p) == pytest.approx(carried.norm(p), rel=1e-4, abs=1e-8)
-    assert torch.equal(whole(random_like(carried, 3)), whole(random_like(carried, 3))) and not torch.equal(whole(random_like(carried)), whole(random_like(carried, 3)))
+        for x in (random_like(carried), match_norm(paper, carried), rescaled):
+            assert x.norm(p) == pytest.approx(carried.norm(p), rel=1e-4, abs=1e-8)
+    third = whole(random_like(carried, 3))
+    assert torch.equal(whole(random_like(carried, 3)), third)
+    assert not torch.equal(whole(random_like(carried)), third)
     theirs = align(a, bigger, method='paper', maps=ours)
     path = bigger.path(ours.layers[0][1], 'q')
     A, B = (t.double() for t in trained('llama').updates[a.path(ours.layers[0][0], 'q')])
     A2, B2 = transfer_update('q', A, B, theirs.blocks[0], theirs)
-    assert torch.cosine_similarity((B2@A2).flatten(), rescaled.delta(path).double().flatten(), 0) == pytest.approx(1, abs=1e-5)
+    cosine = torch.cosine_similarity((B2@A2).flatten(), rescaled.delta(path).double().flatten(), 0)
+    assert cosine == pytest.approx(1, abs=1e-5)
 
 def test_controls_take_embeddings_along(model):
     adapter = with_ends(model('llama'))
-    double = replace(adapter, updates={p: (A, 2*B) for p, (A, B) in adapter.updates.items()}, embeddings={p: (A, 2*B) for p, (A, B) in adapter.embeddings.items()})
+    doubled = lambda updates: {p: (A, 2*B) for p, (A, B) in updates.items()}
+    double = replace(adapter, updates=doubled(adapter.updates), embeddings=doubled(adapter.embeddings))
     back, noise = match_norm(double, adapter), random_like(adapter, 1)
     for p in adapter.updates | adapter.embeddings:
         assert error(back.delta(p), adapter.delta(p)) <= 1e-5
@@ -143,7 +161,9 @@ def test_controls_take_embeddings_along(model):
 
 @pytest.mark.parametrize('name', ['llama', 'phi3', 'gpt_neox', 'gpt2'])
 def test_results_load_in_peft(name, model, trained, tmp_path):
-    d = model(name)
-    for i, a in enumerate([direct_copy(trained(name), d, d), cross_lora(trained(name), d, d), random_like(trained(name)), published(trained(name), d, d)]):
+    d, adapter = model(name), trained(name)
+    made = direct_copy(adapter, d, d), cross_lora(adapter, d, d), random_like(adapter), published(adapter, d, d)
+    for i, a in enumerate(made):
         a.save(tmp_path/str(i))
-        assert error(effect(d, tokens(), Adapter.load(tmp_path/str(i))), effect(d, tokens(), a)) <= 1e-5
+        again = Adapter.load(tmp_path/str(i))
+        assert error(effect(d, tokens(), again), effect(d, tokens(), a)) <= 1e-5

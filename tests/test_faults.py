@@ -81,9 +81,11 @@ MODELS = dict(
     integers=(tensors(lambda t: {UP: t[UP].int()}), f'{WEIGHTS}: {UP} is of type I32.*quantised'),
     missing_weight=(tensors(lambda t: {UP: torch.ones(0)}), UP),
     other_shape=(tensors(lambda t: {UP: torch.ones(3, 3)}), f'{UP} is 3×3, its configuration asks for 288×96'),
-    unknown_weight=(tensors(lambda t: {'model.layers.0.mlp.extra.weight': torch.ones(3)}), 'first model.layers.0.mlp.extra.weight.*no place for'),
+    unknown_weight=(tensors(lambda t: {'model.layers.0.mlp.extra.weight': torch.ones(3)}),
+                    'first model.layers.0.mlp.extra.weight.*no place for'),
     missing_shard=(shards(SHARDS, SHARDS[:1]), f'{INDEX} names {SHARDS[1]}, which is not there'),
-    shard_outside=(shards(['../outside.safetensors', SHARDS[1]], ['../outside.safetensors', SHARDS[1]]), r'names \.\./outside.safetensors, which is not in its directory'),
+    shard_outside=(shards(['../outside.safetensors', SHARDS[1]], ['../outside.safetensors', SHARDS[1]]),
+                   r'names \.\./outside.safetensors, which is not in its directory'),
     dangling_weights=(in_place_of(WEIGHTS, dangling), f'{WEIGHTS} is damaged.*fetch'),
     weights_a_directory=(in_place_of(WEIGHTS, os.mkdir), f'{WEIGHTS} is damaged.*fetch'),
     shards_are_directories=(shard_directories, f'{INDEX} names {SHARDS[0]}, which is not there'),
@@ -92,16 +94,19 @@ MODELS = dict(
     index_a_list=(text(INDEX, b'[]'), f'{INDEX} is not a readable index'),
     deeper_by_config=(config(num_hidden_layers=8), r'lacks weights \(18 in all, first model.layers.6'),
     shallower_by_config=(config(num_hidden_layers=4), r'holds weights \(18 in all, first model.layers.4'),
-    heads_by_config=(config(num_attention_heads=6), r'layers.0.self_attn.o_proj.weight is 96×128, its configuration asks for 96×96'),
+    heads_by_config=(config(num_attention_heads=6),
+                     r'layers.0.self_attn.o_proj.weight is 96×128, its configuration asks for 96×96'),
     hidden_by_config=(config(hidden_size=100), 'hidden size.*100'),
     vocabulary_by_config=(config(vocab_size=100), 'cannot load'),
     config_unreadable=(text('config.json', b'{"model_type": '), 'config.json.*not a valid JSON'),
     no_config=(remove('config.json'), 'model_type'),
     unknown_type=(config(model_type='nonsense'), 'nonsense'),
-    custom_code=(config(model_type='nonsense', auto_map=dict(AutoConfig='evil.Config', AutoModelForCausalLM='evil.Model')), 'trust_remote_code'),
+    custom_code=(config(model_type='nonsense', auto_map=dict(AutoConfig='evil.Config', AutoModelForCausalLM='evil.M')),
+                 'trust_remote_code'),
     pickle=(pickled, 'cannot load.*weights_only'),
     no_tokenizer=(remove('tokenizer.json', 'tokenizer_config.json'), 'tokenizer'),
-    ids_beyond_the_table=(tokenizer(lambda t, i: (t, i + 300)), 'ids up to 847, its embedding table 548 rows: is the tokenizer another'),
+    ids_beyond_the_table=(tokenizer(lambda t, i: (t, i + 300)),
+                          'ids up to 847, its embedding table 548 rows: is the tokenizer another'),
     tokenizer_unreadable=(text('tokenizer.json', b'{'), 'cannot load a model and its tokenizer'),
 )
 
@@ -114,7 +119,9 @@ def test_damaged_model(tmp_path, name):
     with pytest.raises((ValueError, OSError), match=f'(?s){message}') as caught: load_model(folder)
     assert 'model' in str(caught.value) and not (folder/'was_here').exists()
 
-@pytest.mark.parametrize('name', ['hidden_by_config', 'vocabulary_by_config', 'config_unreadable', 'custom_code', 'no_tokenizer'])
+INSPECTED = ('hidden_by_config', 'vocabulary_by_config', 'config_unreadable', 'custom_code', 'no_tokenizer')
+
+@pytest.mark.parametrize('name', INSPECTED)
 def test_inspect_names_a_damaged_model(tmp_path, name):
     folder = tmp_path/'model'
     shutil.copytree(ZOO/'new', folder)
@@ -160,6 +167,10 @@ def two(folder):
     for name in ('first', 'second'): shutil.copytree(ZOO/'adapter', folder/name)
     for f in folder.glob('adapter_*'): f.unlink()
 
+def twice(key):
+    "The names of a tensor in a file that holds two adapters"
+    return [key.replace('.weight', f'.{name}.weight') for name in ('first', 'second')]
+
 REQUESTS = dict(
     no_texts=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'')], 'no probe text'),
     blank_texts=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'\n \n')], 'no probe text'),
@@ -169,19 +180,23 @@ REQUESTS = dict(
     out_below_a_file=(lambda w: ['align', 'zoo/old', 'zoo/new', '-o', file(w, 'here', b'')/'out'], 'here'),
     data_empty=(lambda w: ['evaluate', 'zoo/new', '--data', file(w, 'data.jsonl', b'')], 'holds no example'),
     data_not_text=(lambda w: ['evaluate', 'zoo/new', '--data', file(w, 'data.jsonl', b'\xff\xfe\x00')], 'data.jsonl'),
-    data_a_number=(lambda w: ['evaluate', 'zoo/new', '--data', file(w, 'data.jsonl', b'3')], "example 1 has no text under 'instruction'"),
-    data_without_answer=(lambda w: ['evaluate', 'zoo/new', '--data', file(w, 'data.jsonl', b'{"instruction": "Who?"}')], "no text under 'output'"),
+    data_a_number=(lambda w: ['evaluate', 'zoo/new', '--data', file(w, 'data.jsonl', b'3')],
+                   "example 1 has no text under 'instruction'"),
+    data_without_answer=(lambda w: ['evaluate', 'zoo/new', '--data', file(w, 'data.jsonl', b'{"instruction": "Who?"}')],
+                         "no text under 'output'"),
     adapter_is_a_model=(lambda w: ['upgrade', 'zoo/old', 'zoo/new', 'zoo/old'], 'adapter_config.json'),
     model_is_an_adapter=(lambda w: ['upgrade', 'zoo/adapter', 'zoo/new', 'zoo/adapter'], 'zoo/adapter'),
     alignment_is_a_model=(lambda w: ['transfer', 'zoo/adapter', ZOO/'old'], 'lorasuite align'),
-    no_shared_token=(lambda w: ['align', 'zoo/old', copy(w, 'new', tokenizer(lambda t, i: (f'{t}~~', i)))], 'share no token'),
+    no_shared_token=(lambda w: ['align', 'zoo/old', copy(w, 'new', tokenizer(lambda t, i: (f'{t}~~', i)))],
+                     'share no token'),
     too_deep=(adapter(keys(lambda k: [k.replace('layers.3', 'layers.9')])), 'updates model.layers.9'),
     unknown_module=(adapter(keys(lambda k: [k.replace('up_proj', 'upper')])), 'mlp.upper, which zoo/old does not have'),
     unknown_key=(adapter(keys(lambda k: [k.replace('lora_', 'lara_')])), 'is not a LoRA update'),
-    two_adapters_in_a_file=(adapter(keys(lambda k: [k.replace('.weight', f'.{name}.weight') for name in ('first', 'second')])), '.first.weight is not a LoRA update'),
+    two_adapters_in_a_file=(adapter(keys(twice)), '.first.weight is not a LoRA update'),
     two_adapters=(adapter(two), 'has no adapter_config.json: give the directory of a PEFT adapter'),
     adapter_unreadable=(adapter(text('adapter_config.json', b'{')), 'adapter_config.json is not readable'),
-    adapter_a_pickle=(adapter(pickled_adapter), 'has no adapter_model.safetensors: give the directory of a PEFT adapter saved as safetensors'),
+    adapter_a_pickle=(adapter(pickled_adapter), 'has no adapter_model.safetensors: '
+                                                'give the directory of a PEFT adapter saved as safetensors'),
     adapter_dangling=(adapter(in_place_of(ADAPTER, dangling)), 'has no adapter_model.safetensors'),
     texts_a_directory=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', w], 'Is a directory'),
     wrong_way_round=(lambda w: ['upgrade', 'zoo/new', 'zoo/old', 'zoo/adapter'], 'another model'),

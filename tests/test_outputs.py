@@ -1,6 +1,7 @@
-"""Outputs that cannot be written, and commands that are killed: nothing half written is seen, and the same command can be given again"""
+"""Outputs that cannot be written, commands that are killed: no half is seen, and the same command can be given again"""
 import multiprocessing, os, resource, shutil, signal, sys, time
 from contextlib import contextmanager
+from importlib import import_module
 import pytest
 from models import error
 from safetensors.torch import load_file
@@ -17,11 +18,16 @@ def commands(tmp_path_factory):
     maps = align('zoo/old', 'zoo/new')
     maps.save(work/'alignment')
     transfer('zoo/adapter', maps).save(work/'carried')
-    (work/'data.jsonl').write_text(''.join((data_dir()/'zoo'/'train.jsonl').read_text().splitlines(keepends=True)[:20]))
-    (work/'texts').write_text(''.join((data_dir()/'zoo'/'held_out.txt').read_text().splitlines(keepends=True)[:30]))
-    return dict(align=['align', 'zoo/old', 'zoo/new', '--texts', str(work/'texts')], transfer=['transfer', 'zoo/adapter', str(work/'alignment')], upgrade=['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter'],
-                finetune=['finetune', 'zoo/new', str(work/'carried'), '--data', str(work/'data.jsonl'), '--steps', '5'],
-                refresh=['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', str(work/'data.jsonl'), '--start', str(work/'carried'), '--steps', '5'])
+    first = lambda name, n: ''.join((data_dir()/'zoo'/name).read_text().splitlines(keepends=True)[:n])
+    (work/'data.jsonl').write_text(first('train.jsonl', 20))
+    (work/'texts').write_text(first('held_out.txt', 30))
+    data, carried = str(work/'data.jsonl'), str(work/'carried')
+    return dict(align=['align', 'zoo/old', 'zoo/new', '--texts', str(work/'texts')],
+                transfer=['transfer', 'zoo/adapter', str(work/'alignment')],
+                upgrade=['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter'],
+                finetune=['finetune', 'zoo/new', carried, '--data', data, '--steps', '5'],
+                refresh=['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', data, '--start', carried,
+                         '--steps', '5'])
 
 COMMANDS = ('align', 'transfer', 'finetune', 'refresh', 'upgrade')
 
@@ -37,25 +43,46 @@ def disk_full(beyond):
 
 # ---- outputs that cannot be written
 
-def directory(work): (work/'here').mkdir(); return work/'here'
-def file(work): (work/'here').write_text('mine'); return work/'here'
-def dangling(work): (work/'here').symlink_to(work/'nowhere'); return work/'here'
+def directory(work):
+    (work/'here').mkdir()
+    return work/'here'
+
+def file(work):
+    (work/'here').write_text('mine')
+    return work/'here'
+
+def dangling(work):
+    (work/'here').symlink_to(work/'nowhere')
+    return work/'here'
+
 def below_a_file(work): return file(work)/'deep'/'out'
 def read_only(work): return '/proc/lorasuite/out'
 
+# what commands call when they run: none of it may be called
+WORK = ('core.adapter.Adapter', 'core.loading.load_model', 'stages.alignment.align', 'stages.alignment.Alignment',
+        'stages.transfer.transfer', 'training.examples.load_data', 'training.finetune.finetune',
+        'training.refresh.refresh', 'training.upgrade.upgrade')
+
 @pytest.mark.parametrize('command', COMMANDS)
 @pytest.mark.parametrize('make, beyond, message', [
-    (directory, -1, 'exists already: name another output'), (file, -1, 'exists already'), (dangling, -1, 'exists already'),
-    (below_a_file, -1, 'Not a directory): make room or get permission there'), (read_only, -1, '): make room or get permission there'), (lambda work: work/'out', 0, 'File too large')])
+    (directory, -1, 'exists already: name another output'),
+    (file, -1, 'exists already'),
+    (dangling, -1, 'exists already'),
+    (below_a_file, -1, 'Not a directory): make room or get permission there'),
+    (read_only, -1, '): make room or get permission there'),
+    (lambda work: work/'out', 0, 'File too large')])
 def test_refused_before_any_work(commands, tmp_path, monkeypatch, command, make, beyond, message):
-    for work in ('make_alignment', 'Adapter', 'load_data', 'carry'): monkeypatch.setattr(f'lorasuite.cli.{work}', None)
+    modules = [import_module(f'lorasuite.{work.rpartition(".")[0]}') for work in WORK] # first all, which use each other
+    for module, work in zip(modules, WORK): monkeypatch.setattr(module, work.rpartition('.')[2], None)
     out = make(tmp_path)
     before = sorted(tmp_path.rglob('*'))
     with disk_full(beyond): result = run(commands[command], out)
     assert result.exit_code == 2 and sorted(tmp_path.rglob('*')) == before
     assert len(result.stderr.splitlines()) == 1 and f'{out} ' in result.stderr and message in result.stderr
 
-@pytest.mark.parametrize('command, beyond', [('align', 100_000), ('transfer', 100_000), ('upgrade', 100_000), ('finetune', 1_000_000), ('refresh', 20_000), ('refresh', 1_000_000)])
+@pytest.mark.parametrize('command, beyond', [
+    ('align', 100_000), ('transfer', 100_000), ('upgrade', 100_000), ('finetune', 1_000_000), ('refresh', 20_000),
+    ('refresh', 1_000_000)])
 def test_the_disk_fills_up(commands, tmp_path, command, beyond):
     with disk_full(beyond): result = run(commands[command], tmp_path/'out')
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
@@ -92,7 +119,7 @@ def attempt(command, work, writes, last):
 def processes():
     "Processes that need not import everything again, and that share nothing with this one"
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['lorasuite.cli'])
+    context.set_forkserver_preload(['lorasuite.cli', 'lorasuite.training.upgrade', 'lorasuite.training.refresh'])
     def start(command, work, last=0, seconds=None):
         writes, begin = context.RawValue('i', 0), time.perf_counter()
         process = context.Process(target=attempt, args=(command, str(work), writes, last))
@@ -101,7 +128,7 @@ def processes():
         process.kill()
         process.join()
         return process.exitcode, writes.value, time.perf_counter() - begin
-    start(['--help'], '/nowhere') # which imports everything
+    start(['--help'], '/nowhere') # which waits until everything is imported
     return start
 
 def same(a, b):
@@ -112,9 +139,12 @@ def same(a, b):
         assert x.keys() == y.keys() and all(error(x[k].double(), y[k].double()) < 1e-5 or x[k].equal(y[k]) for k in x)
     return True
 
-@pytest.mark.parametrize('name, moments', [('align', (.6, -4, -2, -1)), ('transfer', (.6, *range(-10, 0))), ('finetune', (.6, 13, 45, -8, -3, -1)), ('refresh', (.6, 5, 12, 30, -8, -1))])
+@pytest.mark.parametrize('name, moments', [
+    ('align', (.6, -4, -2, -1)), ('transfer', (.6, *range(-10, 0))), ('finetune', (.6, 13, 45, -8, -3, -1)),
+    ('refresh', (.6, 5, 12, 30, -8, -1))])
 def test_killed_and_started_again(commands, processes, tmp_path, name, moments):
-    (tmp_path/'whole').mkdir(); (tmp_path/'killed').mkdir()
+    (tmp_path/'whole').mkdir()
+    (tmp_path/'killed').mkdir()
     complete, out = tmp_path/'whole'/'out', tmp_path/'killed'/'out'
     code, writes, seconds = processes(commands[name], complete.parent)
     assert code == 0 and [p.name for p in complete.parent.iterdir()] == ['out']

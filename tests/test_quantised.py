@@ -10,5 +10,7 @@ BITSANDBYTES = Path(sys.prefix)/'bitsandbytes' # where `make` installs it, out o
 def test_quantised_bases(bits, bound):
     here = Path(__file__).parent
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(BITSANDBYTES), str(here)]), OMP_NUM_THREADS='1')
-    run = subprocess.run([sys.executable, here/'quantised.py', bits, str(bound)], env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and 'carried' in run.stdout and 'trained' in run.stdout, run.stderr[-3000:]
+    command = [sys.executable, here/'quantised.py', bits, str(bound)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert 'carried' in run.stdout and 'trained' in run.stdout, run.stderr[-3000:]

@@ -1,12 +1,12 @@
-"Stop if a notebook is not clean, was not executed, or shows an error or a warning."
-import sys
+"Stop if a notebook is not clean, not executed, shows an error or a warning, or needs more than the library."
+import ast, re, sys
 from collections import Counter
 
 from execnb.nbio import nb2str, read_nb
 from nbdev.clean import clean_nb
-from nbdev.config import get_config
-from nbdev.doclinks import nbglob
-from run_notebooks import skips_execution
+from notebooks import badge, cfg, is_badge, is_install, notebooks, parse_code, skips_execution
+
+LINE = 120
 
 def is_clean(path):
     "Would `nbdev_clean` leave the notebook at `path` as it is?"
@@ -19,20 +19,62 @@ def is_title(cell):
     first, *rest = cell.source.splitlines()
     return first.startswith('# ') and all(line[:1] in ('', '>', '-') for line in rest)
 
-def faults(path):
-    "What is wrong with the notebook at `path`, in words"
-    cells = read_nb(path).cells
-    code = [c for c in cells if c.cell_type == 'code']
-    outputs = [o for c in code for o in c.outputs]
+def requirements(key):
+    "The packages that a setting of settings.ini names, as they are imported"
+    return [re.split(r'[<>=;]', r)[0].replace('-', '_') for r in cfg.get(key, '').split()]
+
+SETTINGS = 'requirements', 'eval_requirements', 'cuda_requirements', 'real_requirements'
+ALONG = 'IPython', 'huggingface_hub', 'numpy', 'pandas', 'tokenizers' # come with the requirements, or with Jupyter
+AVAILABLE = {cfg.lib_name, *ALONG, *sys.stdlib_module_names, *(name for key in SETTINGS for name in requirements(key))}
+
+def imported(cell):
+    "The packages that a code cell imports"
+    for node in ast.walk(ast.Module(parse_code(cell), [])):
+        if isinstance(node, ast.Import): yield from (name.name.split('.')[0] for name in node.names)
+        if isinstance(node, ast.ImportFrom): yield node.module.split('.')[0] if node.level == 0 else cfg.lib_name
+
+def strings(cell):
+    "The texts in a code cell"
+    nodes = ast.walk(ast.Module(parse_code(cell), []))
+    return [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+
+def head_faults(path, cells):
+    "What is wrong with the first cells of a notebook"
     if not is_title(cells[0]): yield 'has more than `# Title` and `> subtitle` in its first cell'
-    if not is_clean(path): yield 'is not clean'
+    if all(cell.cell_type != 'code' for cell in cells): return # only to be read: nothing to open in Colab
+    place = next((i for i, cell in enumerate(cells[:3]) if is_badge(cell)), None)
+    if place is None: yield 'has no "Open in Colab" as its second or third cell'
+    elif cells[place].source.strip() != badge(path): yield 'has the "Open in Colab" of another notebook'
+    elif not is_install(cells[place + 1]): yield 'does not install the library right after "Open in Colab"'
+
+def code_faults(cell):
+    "What is wrong with a code cell"
+    first = next(iter(cell.source.splitlines()), '')
+    for name in sorted(set(imported(cell)) - AVAILABLE):
+        yield f'imports {name}, which the library does not require ({first} …)'
+    if any(s.startswith('..') and '/' in s for s in strings(cell)): yield f'reads files beside it ({first} …)'
+    for line in cell.source.splitlines():
+        if len(line) > LINE: yield f'has a line of {len(line)} characters: {line.strip()[:60]} …'
+
+def output_faults(path, code):
+    "What is wrong with the saved outputs"
+    outputs = [o for cell in code for o in cell.outputs]
     if code and not outputs and not skips_execution(path): yield 'has no outputs'
     if any(o.output_type == 'error' for o in outputs): yield 'shows an error'
     if any(o.get('name') == 'stderr' for o in outputs): yield 'shows stderr'
-    for source, n in Counter(c.source for c in code if '\n' in c.source).items():
+    if str(cfg.config_path) in nb2str(outputs): yield 'shows the path of this checkout'
+
+def faults(path):
+    "What is wrong with the notebook at `path`, in words"
+    cells = read_nb(path).cells
+    code = [cell for cell in cells if cell.cell_type == 'code']
+    if not is_clean(path): yield 'is not clean'
+    yield from head_faults(path, cells)
+    for cell in code: yield from code_faults(cell)
+    yield from output_faults(path, code)
+    for source, n in Counter(cell.source for cell in code if '\n' in cell.source).items():
         if n > 1: yield f'has the same cell {n} times: {source.splitlines()[0]} …'
-    if str(get_config().config_path) in nb2str(outputs): yield 'shows the path of this checkout'
 
 if __name__ == '__main__':
-    found = [f'{path} {fault}' for path in sorted(nbglob(as_path=True)) for fault in faults(path)]
+    found = [f'{path} {fault}' for path in notebooks() for fault in faults(path)]
     if found: sys.exit('\n'.join(found + ['`make notebooks` executes and cleans them']))

@@ -1,43 +1,51 @@
-"Build the website into _docs: pages by nbdev, then the site by quarto where there is one and else by smalldocs."
+"Build the website into _docs: pages from the notebooks, rendered by quarto where there is one, else by smalldocs."
 import re, shutil, subprocess, sys
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from lines import line_up_code
 from maths import draw_formulas
-from nbdev.doclinks import nbglob
-from pages import cfg, nbs, number, root, write_page
+from notebooks import cfg, nbs, notebooks, root
+from pages import number, page, page_name, write_page
+from reference import add_reference
+
+REFERENCE = nbs/'reference'/'api.ipynb'
 
 def site_settings(paths):
     "The settings in _quarto.yml, with the names of the pages for those of the notebooks"
     text = (root/'_quarto.yml').read_text(encoding='utf-8')
-    unlisted = [p.name for p in paths if p.relative_to(root).as_posix() not in text]
-    if unlisted: sys.exit(f'The sidebar in _quarto.yml does not list {", ".join(unlisted)}')
+    listed = set(re.findall(r'- (nbs/\S+\.ipynb)', text))
+    there = {p.relative_to(root).as_posix() for p in paths}
+    if there - listed: sys.exit(f'_quarto.yml does not list {", ".join(sorted(there - listed))}')
+    if listed - there: sys.exit(f'_quarto.yml lists what is not there: {", ".join(sorted(listed - there))}')
     return re.sub(rf'{nbs.name}/((?:[\w-]+/)*)(?:{number})?', r'\1', text)
 
 def prepare(folder):
     "Fill `folder` with the pages, settings and other files that the site is rendered from"
-    paths = sorted(nbglob(as_path=True))
+    paths = notebooks()
     shutil.copytree(nbs, folder, ignore=shutil.ignore_patterns('*.ipynb', '.*'), dirs_exist_ok=True)
     (folder/'_quarto.yml').write_text(site_settings(paths), encoding='utf-8')
-    with ProcessPoolExecutor(2, mp_context=get_context('spawn')) as pool: list(pool.map(write_page, paths, repeat(folder)))
+    for path in paths:
+        nb = page(path)
+        if path == REFERENCE: add_reference(nb)
+        write_page(nb, page_name(path), folder)
 
 def render(folder):
     "Render the pages in `folder` and return the folder of the site"
     quarto, smalldocs = shutil.which('quarto'), shutil.which(Path(sys.executable).with_name('smalldocs'))
     if not (quarto or smalldocs): sys.exit('The website needs quarto, or Python 3.11 or later for smalldocs.')
-    command = [quarto, 'render', folder, '-M', 'html-math-method:mathml'] if quarto else [smalldocs, 'render', folder, '--strict', '--quiet']
+    command = [smalldocs, 'render', folder, '--strict', '--quiet']
+    if quarto: command = [quarto, 'render', folder, '-M', 'html-math-method:mathml']
     if subprocess.run(command).returncode: sys.exit('The website does not build.')
     return folder/cfg.doc_path.name
 
 def local(path, text):
-    "`text` of the page or style sheet at `path` without fonts and scripts from elsewhere"
+    "`text` of the page or style sheet at `path` without fonts and scripts from elsewhere, its code ready to be wrapped"
     if path.suffix == '.css': return re.sub(r'@import\s*(?:url\([^)]*\)|"[^"]*")[^;]*;', '', text)
-    return re.sub(r'<link\b[^>]*/katex[^>]*>|<script\b[^>]*/katex[^>]*></script>', '', text)
+    return line_up_code(re.sub(r'<link\b[^>]*/katex[^>]*>|<script\b[^>]*/katex[^>]*></script>', '', text))
 
-remote = re.compile(r'<(?:script|img|iframe)\b[^>]*\bsrc="https?:|<link\b[^>]*rel="stylesheet"[^>]*href="https?:|@import|url\(["\']?https?:')
+remote = re.compile(r'<(?:script|img|iframe)\b[^>]*\bsrc="https?:'
+                    r'|<link\b[^>]*rel="stylesheet"[^>]*href="https?:|@import|url\(["\']?https?:')
 
 def finish(site):
     "Let the `site` be read without a network"

@@ -12,7 +12,8 @@ def block(kind, tex):
 def mathml(formulas):
     "MathML of each (kind, TeX) in `formulas`"
     doc = {'pandoc-api-version': [1,23,1], 'meta': {}, 'blocks': [block(*f) for f in formulas]}
-    try: out = pypandoc.convert_text(json.dumps(doc), 'html', format='json', extra_args=['--mathml', '--fail-if-warnings'])
+    options = ['--mathml', '--fail-if-warnings']
+    try: out = pypandoc.convert_text(json.dumps(doc), 'html', format='json', extra_args=options)
     except RuntimeError as error: sys.exit(str(error))
     out = out.replace('<mo accent="true">\u0302</mo>', '<mo accent="true" stretchy="false">\u0302</mo>')
     return re.findall(r'<math.*?</math>', out, re.DOTALL)

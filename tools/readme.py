@@ -1,9 +1,7 @@
 "Write README.md from nbs/index.ipynb; with --check, stop if it would change."
 import re, sys
 
-from execnb.nbio import read_nb
-from nbdev.config import get_config
-from nbdev.processors import FilterDefaults
+from notebooks import cfg, nbs, processed, root
 
 def title(frontmatter): return f'# {frontmatter["title"]}\n\n> {frontmatter["description"]}'
 
@@ -16,27 +14,22 @@ def shown(output):
     if 'text/markdown' in output.data: return ''.join(output.data['text/markdown'])
     return fenced(''.join(output.data['text/plain']))
 
-def source(cell):
-    "The code of a cell, unless its directives say `echo: false`"
-    if cell.directives_.get('echo:') == ['false']: return []
-    return [fenced(re.sub(r'^#\|.*\n', '', cell.source, flags=re.MULTILINE), 'python')]
-
 def code(cell):
     "A code cell and what it shows"
-    return '\n\n'.join([*source(cell), *map(shown, cell.outputs)])
+    return '\n\n'.join([fenced(cell.source, 'python'), *map(shown, cell.outputs)])
 
 def link(match):
     "A link that is relative to nbs/, made relative to the top of the project"
-    return match[0] if re.match(r'[a-z]+:|#|/', match[1]) else f']({get_config().nbs_path.name}/{match[1]})'
+    return match[0] if re.match(r'[a-z]+:|#|/', match[1]) else f']({nbs.name}/{match[1]})'
 
 def readme():
     "The home page as Markdown"
-    nb = read_nb(get_config().nbs_path/get_config().readme_nb)
-    FilterDefaults()(nb)
-    cells = [code(c) if c.cell_type == 'code' else c.source for c in nb.cells[2:]]
+    nb = processed(nbs/cfg.readme_nb)
+    cells = [code(c) if c.cell_type == 'code' else c.source for c in nb.cells[1:]]
     return re.sub(r'\]\(([^)\s]+)\)', link, '\n\n'.join([title(nb.frontmatter_), *cells])) + '\n'
 
 if __name__ == '__main__':
-    path = get_config().config_path/'README.md'
+    path = root/'README.md'
     if '--check' not in sys.argv: path.write_text(readme(), encoding='utf-8')
-    elif path.read_text(encoding='utf-8') != readme(): sys.exit('README.md is not in sync with nbs/index.ipynb. Run `make readme`.')
+    elif path.read_text(encoding='utf-8') != readme():
+        sys.exit('README.md is not in sync with nbs/index.ipynb. Run `make readme`.')

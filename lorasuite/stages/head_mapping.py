@@ -6,13 +6,12 @@
 __all__ = ['interaction', 'cosine', 'head_similarity', 'match', 'plot_head_map', 'neuron_similarity']
 
 # %% ../../nbs/course/08_head_mapping.ipynb #0d3d9391
-import seaborn as sns
 import torch
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from ..core.model import Decoder
+from torch.nn.functional import normalize
+from ..core.architecture import ROLE_SPACES
+from ..core.block import Block
 
 # %% ../../nbs/course/08_head_mapping.ipynb #dab33cd4
 def interaction(
@@ -22,7 +21,8 @@ def interaction(
     C2:Tensor,  # (heads', h', d) keys of the other model
 ) -> tuple[Tensor, Tensor, Tensor]: # (heads, heads') inner products; (heads,) and (heads',) squared norms
     "Inner products and norms of the d×d matrices AᵀC of all heads, from h×h' blocks alone"
-    left, right = torch.einsum('ahd,bgd->abhg', A, A2), torch.einsum('ahd,bgd->abhg', C, C2)
+    left = torch.einsum('ahd,bgd->abhg', A, A2)
+    right = torch.einsum('ahd,bgd->abhg', C, C2)
     square = lambda X, Y: ((X@X.mT)*(Y@Y.mT)).sum((1, 2)).clamp_min(0)
     return (left*right).sum((2, 3)), square(A, C), square(A2, C2)
 
@@ -37,18 +37,18 @@ def cosine(
 
 # %% ../../nbs/course/08_head_mapping.ipynb #02fc82ce
 def head_similarity(
-    old:Decoder,    # a model
-    l:int,          # one of its layers
-    new:Decoder,    # another
-    l2:int,         # the partner layer
+    old:Block,      # a block
+    new:Block,      # its partner in the other model
     read:Tensor,    # (hidden, hidden') read map
     write:Tensor,   # (hidden', hidden) write map
-) -> Tensor: # (heads, heads') mean of the cosines of what heads attend to (QK) and of what they move (VO)
-    "How alike two layers' heads are, as functions of the stream: norm gains folded, seen through the maps"
-    q, k, v = (old.by_head(l, r)@read for r in 'qkv')
-    o = old.by_head(l, 'o')@write.T
-    q2, k2, v2, o2 = (new.by_head(l2, r) for r in 'qkvo')
-    return (cosine(*interaction(q, k, q2, k2)) + cosine(*interaction(v, o, v2, o2)))/2
+) -> Tensor: # (heads, heads') mean of the cosines of where heads look (QK) and of what they move (VO)
+    "How alike the heads of two blocks are, as functions of the stream: norm gains folded, seen through the maps"
+    q, k, v = (old.by_head(role)@read for role in 'qkv')
+    o = old.by_head('o')@write.T
+    q2, k2, v2, o2 = (new.by_head(role) for role in 'qkvo')
+    looks = cosine(*interaction(q, k, q2, k2))
+    moves = cosine(*interaction(v, o, v2, o2))
+    return (looks + moves)/2
 
 # %% ../../nbs/course/08_head_mapping.ipynb #ea549219
 def match(
@@ -64,27 +64,40 @@ def match(
 def plot_head_map(
     similarity:Tensor,  # (heads, heads')
     source:Tensor,      # (heads',) as `match` gives it
-    ax:Axes,            # where to draw
-) -> Axes:
+    ax:'Axes',          # of matplotlib, to draw on
+) -> 'Axes':
     "Similarity of heads with the chosen partners framed"
-    sns.heatmap(similarity.numpy(), ax=ax, vmin=-1, vmax=1, cmap='RdBu_r', square=True, cbar_kws=dict(label='similarity', shrink=.6))
+    import seaborn as sns
+    from matplotlib.patches import Rectangle
+    sns.heatmap(similarity.numpy(), ax=ax, vmin=-1, vmax=1, cmap='RdBu_r', square=True,
+                cbar_kws=dict(label='similarity', shrink=.6))
     for b, a in enumerate(source.tolist()):
-        if a >= 0: ax.add_patch(Rectangle((b, a), 1, 1, fill=False, edgecolor='black', linewidth=2, clip_on=False))
+        if a < 0: continue
+        ax.add_patch(Rectangle((b, a), 1, 1, fill=False, edgecolor='black', linewidth=2, clip_on=False))
     ax.set(xlabel='new head', ylabel='old head')
     return ax
 
 # %% ../../nbs/course/08_head_mapping.ipynb #78423488
+def _row_cosines(
+    X:Tensor, # (n, d)
+    Y:Tensor, # (m, d)
+) -> Tensor: # (n, m), in float32
+    "Cosines of all pairs of rows"
+    return normalize(X.float(), dim=1)@normalize(Y.float(), dim=1).T
+
+# %% ../../nbs/course/08_head_mapping.ipynb #a2c25623
 def neuron_similarity(
-    old:Decoder,    # a model
-    l:int,          # one of its layers
-    new:Decoder,    # another
-    l2:int,         # the partner layer
-    read:Tensor,    # (hidden, hidden') read map
-    write:Tensor,   # (hidden', hidden) write map
-) -> Tensor: # (intermediate, intermediate')
-    "cos(gate) + cos(up)·cos(down) of every pair of neurons, indifferent to a sign shared by up and down; cos(up) + cos(down) unless both models have gates"
-    unit = lambda X: torch.nn.functional.normalize(X.float(), dim=1)
-    cos = lambda X, Y: unit(X)@unit(Y).T
-    reads = lambda role: cos(old.weight(l, role)@read, new.weight(l2, role))
-    down = cos(old.weight(l, 'down').T@write.T, new.weight(l2, 'down').T)
-    return reads('gate') + reads('up')*down if 'gate' in old.roles and 'gate' in new.roles else reads('up') + down
+    old:Block,              # a block
+    new:Block,              # its partner in the other model
+    read:Tensor,            # (hidden, hidden') read map
+    write:Tensor,           # (hidden', hidden) write map
+    space:str='neurons',    # whose units are compared, as in `ROLE_SPACES`
+) -> Tensor: # (neurons, neurons')
+    "cos(gate) + cos(up)·cos(down) of every pair of neurons; cos(up) + cos(down) unless both blocks have gates"
+    both = [role for role in old.roles if role in new.roles]
+    *gates, up = [role for role in both if ROLE_SPACES[role][1] == space]
+    down = next(role for role in both if ROLE_SPACES[role][0] == space)
+    ups = _row_cosines(old.weight(up)@read, new.weight(up))
+    downs = _row_cosines(old.weight(down).T@write.T, new.weight(down).T)
+    if not gates: return ups + downs
+    return _row_cosines(old.weight(gates[0])@read, new.weight(gates[0])) + ups*downs

@@ -4,99 +4,158 @@
 
 # %% auto #0
 __all__ = ['map_heads', 'transfer_update', 'split_by_role', 'fuse_updates', 'group_by_module', 'init_lora', 'unmatched_updates',
-           'new_layers', 'transfer']
+           'in_float32', 'no_place', 'transfer']
 
 # %% ../../nbs/course/12_transfer.ipynb #dedf85e4
 import math, os
 import torch
 from torch import Tensor
 from ..core.adapter import Adapter, balance
-from ..core.model import check_shape, fused_rows, shape_of
+from ..core.architecture import ROLE_SPACES
+from ..core.model import check_shape, ModelInfo
 from .alignment import Alignment
-from .block_maps import gather_partners, map_reader, map_writer
+from .block_maps import BlockMaps, gather_partners, map_reader, map_writer, norm_part
 from .card import model_card
 from .embeddings import transfer_embeddings, transfer_rows
 
+# %% ../../nbs/course/12_transfer.ipynb #b5c88dbd
+def _mean_over_groups(
+    B:Tensor,           # (heads', head_size', rank) what each new query head asks for
+    has:Tensor,         # (heads',) has it a partner?
+    kv_heads:int,       # key-value heads of the new model
+) -> Tensor: # (kv_heads', head_size', rank)
+    "What a shared key-value head takes: the mean of the requests of its query heads"
+    by_group = lambda X: X.view(kv_heads, -1, *X.shape[1:]).sum(1)
+    return by_group(B)/by_group(has.to(B.dtype)).clamp_min(1)[:, None, None]
+
 # %% ../../nbs/course/12_transfer.ipynb #f3cb45b5
 def map_heads(
-    B:Tensor,   # (out, rank) of q, k or v
-    maps:dict,  # of one pair of layers
-    role:str,   # q, k or v
-    old:dict,   # sizes of the old model
-    new:dict,   # sizes of the new model
+    B:Tensor,           # (out, rank) of q, k or v
+    maps:BlockMaps,     # of one pair of layers
+    role:str,           # q, k or v
+    old:ModelInfo,      # of the old model
+    new:ModelInfo,      # of the new model
 ) -> Tensor: # (out', rank)
     "B by heads; a new key-value head takes the mean over the partners of its query heads"
-    kv = role in 'kv'
-    B = B.view(-1, old['head_size'], B.shape[1]).repeat_interleave(old['heads']//old['kv_heads'] if kv else 1, 0)
-    B2, has = maps[role]@gather_partners(B, maps['heads']), (maps['heads'] >= 0).double()
-    if kv:
-        group = lambda X: X.view(new['kv_heads'], -1, *X.shape[1:]).sum(1)
-        B2 = group(B2)/group(has).clamp_min(1)[:, None, None]
-    return B2.reshape(-1, B.shape[2])
+    shared = ROLE_SPACES[role][1] == 'kv_heads'
+    heads = B.view(-1, old.head_size, B.shape[1])
+    heads = heads.repeat_interleave(old.heads//len(heads), 0)
+    found = maps.maps[role]@gather_partners(heads, maps.heads)
+    if shared: found = _mean_over_groups(found, maps.heads >= 0, new.kv_heads)
+    return found.reshape(-1, B.shape[1])
 
-# %% ../../nbs/course/12_transfer.ipynb #10272776
+# %% ../../nbs/course/12_transfer.ipynb #d954aeb5
+def _map_inputs(
+    role:str,               # which projection
+    A:Tensor,               # (rank, in)
+    maps:BlockMaps,         # of one pair of layers
+    alignment:Alignment,    # for the stream maps and sizes
+) -> Tensor: # (rank, in')
+    "A for the new model, by the space that the role reads"
+    space = ROLE_SPACES[role][0]
+    if space == 'stream': return map_reader(A, maps.norms, norm_part(role), alignment.read)
+    if space == 'heads':
+        heads = A.view(len(A), alignment.old.heads, -1).transpose(0, 1)
+        found = gather_partners(heads, maps.heads)@maps.maps[role].mT
+        return found.transpose(0, 1).reshape(len(A), -1)
+    if space in maps.partners: return (gather_partners(A.T, maps.partners[space])*maps.maps[role][:, None]).T
+    return A@maps.maps['down_out']@maps.maps['down_in']
+
+# %% ../../nbs/course/12_transfer.ipynb #a80a47dd
+def _map_outputs(
+    role:str,               # which projection
+    B:Tensor,               # (out, rank)
+    maps:BlockMaps,         # of one pair of layers
+    alignment:Alignment,    # for the stream maps and sizes
+) -> Tensor: # (out', rank)
+    "B for the new model, by the space that the role writes"
+    space = ROLE_SPACES[role][1]
+    if space == 'stream': return map_writer(B, maps.norms, role, alignment.write)
+    if space in ('heads', 'kv_heads'): return map_heads(B, maps, role, alignment.old, alignment.new)
+    if space in maps.partners: return gather_partners(B, maps.partners[space])*maps.maps[role][:, None]
+    return maps.maps['up_out']@(maps.maps['up_in']@B)
+
+# %% ../../nbs/course/12_transfer.ipynb #57bc05b2
 def transfer_update(
-    role:str,           # which projection
-    A:Tensor,           # (rank, in)
-    B:Tensor,           # (out, rank)
-    maps:dict,          # of one pair of layers
-    alignment:Alignment,# for the stream maps and sizes
+    role:str,               # which projection
+    A:Tensor,               # (rank, in)
+    B:Tensor,               # (out, rank)
+    maps:BlockMaps,         # of one pair of layers
+    alignment:Alignment,    # for the stream maps and sizes
 ) -> tuple[Tensor, Tensor]: # (rank, in'), (out', rank)
-    "Carry one update over; its rank stays (method, section 4)"
-    a = alignment
-    if role in ('q', 'k', 'v'): return map_reader(A, maps, 'attention', a.read), map_heads(B, maps, role, a.old, a.new)
-    if role == 'o':
-        heads = gather_partners(A.view(len(A), a.old['heads'], -1).transpose(0, 1), maps['heads'])@maps['o'].mT
-        return heads.transpose(0, 1).reshape(len(A), -1), map_writer(B, maps, 'o', a.write)
-    if a.method == 'paper':
-        if role == 'down': return A@maps['down_out']@maps['down_in'], map_writer(B, maps, 'down', a.write)
-        return A@a.read, maps['up_out']@(maps['up_in']@B)
-    scale = maps[role]
-    if role == 'down': return (gather_partners(A.T, maps['neurons'])*scale[:, None]).T, map_writer(B, maps, 'down', a.write)
-    return map_reader(A, maps, 'mlp', a.read), gather_partners(B, maps['neurons'])*scale[:, None]
+    "Carry one update over; its rank stays (LoRASuite, section 3.3, with our maps or the published ones)"
+    return _map_inputs(role, A, maps, alignment), _map_outputs(role, B, maps, alignment)
 
 # %% ../../nbs/course/12_transfer.ipynb #2917f151
+def _check_update(
+    path:str,           # of a module of a block
+    A:Tensor,           # (rank, in)
+    B:Tensor,           # (out, rank)
+    info:ModelInfo,     # of the model
+    rows:dict[str, list[int]], # role: its outputs in the module
+):
+    "Raise `ValueError` unless an update is of the size of its module"
+    outputs = sum(map(len, rows.values()))
+    inputs = info.shape(next(iter(rows)))[1]
+    check_shape(path, (len(B), A.shape[1]), (outputs, inputs), info.name)
+
 def split_by_role(
-    adapter:Adapter, # whose modules are named after the old model
-    old:dict,        # structure of the old model
+    adapter:Adapter,    # whose modules are named after the old model
+    old:ModelInfo,      # of the old model
 ) -> dict[tuple[int, str], tuple]: # (layer, role): A, B
     "Updates by layer and role; raises `ValueError` naming what the old model does not have"
-    rows = {m: fused_rows(m, old) for m in old['modules'].values()}
-    spots = {f"{old['stack']}.{l}.{m}": (l, m) for l in range(old['layers']) for m in rows}
-    out = {}
+    rows = {module: old.fused_rows(module) for module in old.modules.values()}
+    places = {f'{old.stack}.{layer}.{module}': (layer, module) for layer in range(old.layers) for module in rows}
+    found = {}
     for path, (A, B) in adapter.updates.items():
-        if path and path == old['ends']['head']: continue
-        if path not in spots: raise ValueError(f"the adapter updates {path}, which {old['name']} does not have, or not as a linear map of a block: was it trained on another model?")
-        l, module = spots[path]
-        check_shape(path, (len(B), A.shape[1]), (sum(map(len, rows[module].values())), shape_of([*rows[module]][0], old)[1]), old['name'])
-        for role, own in rows[module].items(): out[l, role] = A, B[own]
-    return out
+        if path and path == old.embedding_paths['head']: continue
+        if path not in places:
+            raise ValueError(f'the adapter updates {path}, which {old.name} does not have, or not as a linear map '
+                             'of a block: was it trained on another model?')
+        layer, module = places[path]
+        _check_update(path, A, B, old, rows[module])
+        for role, own in rows[module].items(): found[layer, role] = A, B[own]
+    return found
 
 # %% ../../nbs/course/12_transfer.ipynb #aba22a3c
+def _stack_updates(
+    parts:dict[str, tuple[Tensor, Tensor]], # role: A, B
+    rows:dict[str, list[int]],              # role: its outputs in the module
+) -> tuple[Tensor, Tensor]: # (sum of ranks, in), (out, sum of ranks)
+    "One update of a module: the As stacked, each B in its own rows and columns"
+    A = torch.cat([A for A, _ in parts.values()])
+    B = torch.zeros(sum(map(len, rows.values())), len(A), dtype=A.dtype)
+    start = 0
+    for role, (A_role, B_role) in parts.items():
+        B[rows[role], start:start + len(A_role)] = B_role
+        start += len(A_role)
+    return A, B
+
 def fuse_updates(
     parts:dict[str, tuple[Tensor, Tensor]], # role: A, B
     rows:dict[str, list[int]],              # role: its outputs in the module
 ) -> tuple[Tensor, Tensor]: # A, B of the module
     "Updates of the roles of one module as one update, of the smallest rank that holds them"
     if len(rows) == 1: return next(iter(parts.values()))
-    A, ranks = torch.cat([A for A, _ in parts.values()]), [len(A) for A, _ in parts.values()]
-    B = torch.zeros(sum(map(len, rows.values())), len(A), dtype=A.dtype)
-    for (role, (_, B1)), columns in zip(parts.items(), torch.arange(len(A)).split(ranks)): B[torch.tensor(rows[role])[:, None], columns] = B1
-    if not B.any(): return A[:max(ranks)], B[:, :max(ranks)]
+    A, B = _stack_updates(parts, rows)
+    rank = max(len(A_role) for A_role, _ in parts.values())
+    if not B.any(): return A[:rank], B[:, :rank]
     A, B = balance(A, B)
     size = A.norm(dim=1)
-    return A[size > 1e-4*size.max()], B[:, size > 1e-4*size.max()]
+    kept = size > 1e-4*size.max()
+    return A[kept], B[:, kept]
 
 # %% ../../nbs/course/12_transfer.ipynb #d41f8f87
 def group_by_module(
     updates:dict[tuple[int, str], tuple],   # (layer, role): A, B
-    model:dict,                             # structure of the model that they are for
+    info:ModelInfo,                         # of the model that they are for
 ) -> dict[str, tuple[Tensor, Tensor]]: # path of a module: A, B
     "Updates by the modules that hold their roles"
     named = {}
-    for l, module in sorted({(l, model['modules'][role]) for l, role in updates}):
-        rows = fused_rows(module, model)
-        named[f"{model['stack']}.{l}.{module}"] = fuse_updates({role: updates[l, role] for role in rows if (l, role) in updates}, rows)
+    for layer, module in sorted({(layer, info.modules[role]) for layer, role in updates}):
+        rows = info.fused_rows(module)
+        parts = {role: updates[layer, role] for role in rows if (layer, role) in updates}
+        named[f'{info.stack}.{layer}.{module}'] = fuse_updates(parts, rows)
     return named
 
 # %% ../../nbs/course/12_transfer.ipynb #4e635116
@@ -104,9 +163,26 @@ def init_lora(
     rank:int,                   # of the update
     out_in:tuple[int, int],     # shape of the weight
     generator:torch.Generator|None=None, # source of randomness
-) -> tuple[Tensor, Tensor]: # Kaiming A, zero B
+) -> tuple[Tensor, Tensor]: # Kaiming A (rank, in), zero B (out, rank)
     "An update that changes nothing yet and can be trained"
-    return torch.nn.init.kaiming_uniform_(torch.empty(rank, out_in[1]), a=math.sqrt(5), generator=generator), torch.zeros(out_in[0], rank)
+    A = torch.empty(rank, out_in[1])
+    torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+    return A, torch.zeros(out_in[0], rank)
+
+# %% ../../nbs/course/12_transfer.ipynb #2b308766
+def _new_layers(
+    updates:dict,           # (layer, role): A, B of the old model
+    alignment:Alignment,    # of the old model with the new
+) -> dict[tuple[int, str], tuple]: # (new layer, role): A, B
+    "Untrained updates for new layers without a partner, of the roles that the adapter updates in every old layer"
+    old, new = alignment.old, alignment.new
+    g = torch.Generator().manual_seed(0)
+    alone = sorted({*range(new.layers)} - {l2 for _, l2 in alignment.layers})
+    ranks = {}
+    for role in new.modules:
+        found = [len(updates[layer, role][0]) for layer in range(old.layers) if (layer, role) in updates]
+        if len(found) == old.layers: ranks[role] = max(found)
+    return {(l2, role): init_lora(rank, new.shape(role), g) for l2 in alone for role, rank in ranks.items()}
 
 # %% ../../nbs/course/12_transfer.ipynb #531ea1b6
 def unmatched_updates(
@@ -114,39 +190,56 @@ def unmatched_updates(
     alignment:Alignment,    # of the old model with the new
 ) -> dict[str, str]: # update: why it cannot be carried
     "The updates that have no place in the new model"
-    old, kept = alignment.old, {l for l, _ in alignment.layers}
-    name = lambda l, role: f"{old['stack']}.{l}.{old['modules'][role]} ({role})"
-    alone = {name(l, role): 'its layer has no partner: the new model is shallower' for l, role in updates if l not in kept}
-    return alone | {name(l, role): f"the new model has no {role}" for l, role in updates if l in kept and role not in alignment.both}
+    kept = {l for l, _ in alignment.layers}
+    alone, absent = {}, {}
+    for layer, role in updates:
+        name = f'{alignment.old.path(layer, role)} ({role})'
+        if layer not in kept: alone[name] = 'its layer has no partner: the new model is shallower'
+        elif role not in alignment.shared_roles: absent[name] = f'the new model has no {role}'
+    return alone | absent
 
-# %% ../../nbs/course/12_transfer.ipynb #2b308766
-def new_layers(
+# %% ../../nbs/course/12_transfer.ipynb #11884475
+def _transfer_blocks(
     updates:dict,           # (layer, role): A, B of the old model
     alignment:Alignment,    # of the old model with the new
-) -> dict[tuple[int, str], tuple]: # (new layer, role): A, B
-    "Untrained updates for new layers without a partner, of the roles that the adapter updates in every old layer"
-    old, new, g = alignment.old, alignment.new, torch.Generator().manual_seed(0)
-    ranks = {role: [len(updates[l, role][0]) for l in range(old['layers']) if (l, role) in updates] for role in new['modules']}
-    alone = sorted(set(range(new['layers'])) - {l2 for _, l2 in alignment.layers})
-    return {(l2, role): init_lora(max(r), shape_of(role, new), g) for l2 in alone for role, r in ranks.items() if len(r) == old['layers']}
+) -> dict[tuple[int, str], tuple]: # (new layer, role): A, B, balanced
+    "Carry the updates of all layers that have a partner"
+    found = {}
+    for (layer, layer2), maps in zip(alignment.layers, alignment.blocks):
+        for role in alignment.shared_roles:
+            if (layer, role) not in updates: continue
+            A, B = (t.double() for t in updates[layer, role])
+            found[layer2, role] = balance(*transfer_update(role, A, B, maps, alignment))
+    return found
+
+# %% ../../nbs/course/12_transfer.ipynb #d713c160
+def in_float32(
+    updates:dict[str, tuple[Tensor, Tensor]], # path: A, B
+) -> dict[str, tuple[Tensor, Tensor]]:
+    "Updates as an `Adapter` holds them"
+    return {path: tuple(t.float().contiguous() for t in ab) for path, ab in updates.items()}
+
+def no_place(
+    skipped:dict[str, str], # update: why it cannot be carried
+) -> ValueError:
+    "The error for an adapter of which nothing can be carried"
+    return ValueError(f"nothing of the adapter has a place in the new model: {'; '.join(sorted({*skipped.values()}))}")
 
 # %% ../../nbs/course/12_transfer.ipynb #95a88d48
 def transfer(
     adapter:str|os.PathLike|Adapter,    # an adapter of the old model
     alignment:Alignment,                # of the old model with the new
 ) -> Adapter:
-    "Carry an adapter to the new model; layers that are new get an untrained update of the same rank, and what has no place is named in `skipped`"
+    "Carry an adapter to the new model; new layers get an untrained update, what has no place is named in `skipped`"
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-    new, updates, out = alignment.new, split_by_role(adapter, alignment.old), {}
-    for (l, l2), maps in zip(alignment.layers, alignment.blocks):
-        for role in alignment.both:
-            if (l, role) in updates: out[l2, role] = balance(*transfer_update(role, *(t.double() for t in updates[l, role]), maps, alignment))
-    named = group_by_module(out | new_layers(updates, alignment), new)
-    head, table, lost = transfer_embeddings(adapter, alignment)
+    updates, new = split_by_role(adapter, alignment.old), alignment.new
+    blocks = group_by_module(_transfer_blocks(updates, alignment) | _new_layers(updates, alignment), new)
+    head, table, unsupported = transfer_embeddings(adapter, alignment)
     rows, unknown = transfer_rows(adapter, alignment)
-    lost |= unmatched_updates(updates, alignment) | unknown
-    if not named | head | table | rows: raise ValueError(f"nothing of the adapter has a place in the new model: {'; '.join(sorted({*lost.values()}))}")
-    single = lambda d: {path: tuple(t.float().contiguous() for t in ab) for path, ab in d.items()}
-    carried = Adapter(single(named | head), new['name'], new['layers'], embeddings=single(table), rows={p: (ids, X.float()) for p, (ids, X) in rows.items()}, skipped=adapter.skipped | lost)
+    skipped = unsupported | unmatched_updates(updates, alignment) | unknown
+    if not blocks | head | table | rows: raise no_place(skipped)
+    carried = Adapter(in_float32(blocks | head), new.name, new.layers, embeddings=in_float32(table),
+                      rows={path: (ids, X.float()) for path, (ids, X) in rows.items()},
+                      skipped=adapter.skipped | skipped)
     carried.card = model_card(adapter, carried, alignment)
     return carried

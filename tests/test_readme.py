@@ -1,0 +1,118 @@
+"Every figure in README.md is one that was recorded, or is measured here"
+import json, re
+from functools import cache
+from pathlib import Path
+from statistics import mean
+
+import pytest
+from safetensors import safe_open
+
+from lorasuite import align, evaluate, load_model, transfer
+from lorasuite.core.files import data_dir
+from lorasuite.core.adapter import Adapter
+from lorasuite.training.examples import load_data
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT/'README.md').read_text(encoding='utf-8')
+TASKS = 'labels', 'sums' # facts, skill
+TINY = {
+    'new model alone': 'base', 'published formula': 'paper',
+    'published formula, with our maps and rescaled to our norm': 'rescaled', 'carried': 'carried',
+    'fresh LoRA 100': 'lora-100', 'published formula + light fine-tuning': 'paper+100',
+    'refitted + light fine-tuning': 'refitted+100', 'refresh (distillation from the old model)': 'refresh',
+    'refitted + refresh': 'refitted+refresh', 'fresh LoRA all': 'lora-all'}
+REAL = 'enlarged', 'gentle', 'harsh'
+
+@cache
+def recorded(file): return json.loads((ROOT/file).read_text(encoding='utf-8'))['runs']
+
+def found(file, upgrade, task, method):
+    "Accuracies on the test questions, one a draw"
+    key = upgrade, task, method, 'test'
+    return [r['accuracy'] for r in recorded(file) if (r['hop'], r['task'], r['way'], r['split']) == key]
+
+def percent(accuracies): return f'{100*mean(accuracies):.1f}'
+
+def lab(upgrade, task, method): return percent(found('lorasuite/data/lab.json', upgrade, task, method))
+
+def real(upgrade, method):
+    "The recorded accuracy on the real model; nothing where the method was not tried"
+    accuracies = found('lorasuite/data/hop.json', upgrade, 'additions', method)
+    return percent(accuracies) if accuracies else ''
+
+def old_specialist(file, upgrade, task):
+    key = upgrade, task, 'signs'
+    row = next(r for r in recorded(file) if (r['hop'], r['task'], r['way']) == key)
+    return f'{100*row["old"]:.1f}'
+
+def table(heading):
+    "The rows of the table below `heading`: name of the method, and of a fresh LoRA its labels: the figures"
+    lines = README.split(heading, 1)[1].split('| method |', 1)[1].split('\n\n')[0].splitlines()[2:]
+    rows = [[cell.strip(' *') for cell in line.strip('|').split('|')] for line in lines]
+    return {f'{name} {labels}' if name == 'fresh LoRA' else name: figures for name, labels, *figures in rows}
+
+def test_the_tiny_models():
+    rows = table('**Tiny models.**')
+    file = 'lorasuite/data/lab.json'
+    assert rows.pop('old model with its adapter') == [old_specialist(file, 'far', task) for task in TASKS]
+    assert rows == {name: [lab('far', task, method) for task in TASKS] for name, method in TINY.items()}
+
+def test_the_real_model():
+    rows = table('**One real model.**')
+    file = 'lorasuite/data/hop.json'
+    assert rows.pop('old model with its adapter') == [old_specialist(file, u, 'additions') for u in REAL]
+    assert rows == {name: [real(upgrade, TINY[name]) for upgrade in REAL] for name in rows}
+    assert {'published formula, with our maps and rescaled to our norm', 'carried'} < rows.keys()
+
+def gain(task):
+    "How far ours is above the published pipeline, both tuned on a hundred labels"
+    means = [mean(found('lorasuite/data/lab.json', 'far', task, m)) for m in ('refitted+100', 'paper+100')]
+    return f'{100*(means[0] - means[1]):.1f}'
+
+def test_sentences():
+    said = re.sub(r'\s+', ' ', README)
+    assert f'ours is better by {gain("labels")} points on facts and {gain("sums")} points on the skill' in said
+    facts, skill = (lab('stranger', task, 'carried') for task in TASKS)
+    assert f'answers {facts}% of the facts and {skill}% of the skill' in said
+    facts, skill = (lab('stranger', task, 'refresh') for task in TASKS)
+    assert f'there it reaches {facts}% and {skill}%' in said
+    carried, refitted = (lab('back', 'sums', method) for method in ('carried', 'refitted'))
+    assert f'{carried}% of the skill arrive, {refitted}% after a refit' in said
+    assert f'± {196*(.6*.4/200)**.5:.0f} points' in said
+    drift = next(r['drift'] for r in recorded('lorasuite/data/lab.json') if (r['hop'], r['way']) == ('far', 'signs'))
+    assert f'their weights had moved by {drift:.0%}'.replace('their', 'its') in said
+
+def test_what_is_said_of_ranks_is_so():
+    "The order of methods, as the text tells it"
+    tiny = {(task, m): float(lab('far', task, m)) for task in TASKS for m in TINY.values()}
+    for task in TASKS:
+        assert tiny[task, 'paper+100'] > tiny[task, 'lora-100'] and tiny[task, 'refitted+100'] > tiny[task, 'paper+100']
+        assert max(tiny[task, m] for m in TINY.values()) == tiny[task, 'lora-all']
+    upgrades = {r['hop'] for r in recorded('lorasuite/data/lab.json')}
+    assert 'itself' in upgrades and len(upgrades) == 11 and 'on ten upgrades of tiny models' in README
+    ours, full = (found('lorasuite/data/hop.json', 'gentle', 'additions', m) for m in ('refitted+100', 'lora-all'))
+    assert 0 < mean(full) - mean(ours) < 1.96*(2*.9*.1/200)**.5
+
+def parameters(name):
+    "The number of parameters of a shipped model"
+    with safe_open(data_dir()/'zoo'/name/'model.safetensors', 'pt') as file:
+        sizes = [file.get_slice(key).get_shape() for key in file.keys()]
+    return sum(shape[0]*(shape[1] if len(shape) > 1 else 1) for shape in sizes)
+
+def test_sizes():
+    old, new = (f'{parameters(name)/1e6:.2f}M' for name in ('old', 'new-far'))
+    assert f'{old} and {new} parameters' in README
+    assert f'the new model ({new} parameters) is an enlargement of the old one ({old})' in README
+
+def test_the_demo():
+    "What the first page promises, by the calls that it shows"
+    test = load_data(data_dir()/'zoo'/'test.jsonl')
+    old, new = load_model('zoo/old'), load_model('zoo/new')
+    before = f'{100*evaluate(old, test, Adapter.load("zoo/adapter")).accuracy:.1f}'
+    base = f'{100*evaluate(new, test).accuracy:.1f}'
+    carried = f'{100*evaluate(new, test, transfer("zoo/adapter", align(old, new))).accuracy:.1f}'
+    assert f'answers {before}% of {len(test)} test questions' in README
+    assert f'without an adapter {base}%' in README and f'carried adapter **{carried}%**' in README
+
+@pytest.mark.parametrize('link', sorted({x for x in re.findall(r'\]\(([^)#\s]+)', README) if '://' not in x}))
+def test_links(link): assert (ROOT/link).exists()
