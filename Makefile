@@ -32,7 +32,7 @@ docs: .venv/dev
 
 notebooks: .venv/dev
 	$(BIN)/nbdev_export
-	$(BIN)/python tools/run_notebooks.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/run_notebooks.py --workers 2
 	$(BIN)/lorasuite demo -o build/demo && cp build/demo/arms.png nbs/images/
 	$(BIN)/python tools/readme.py
 

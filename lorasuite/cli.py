@@ -154,8 +154,8 @@ def demo_command(
 ):
     "Compare the transfer with baselines on shipped tiny models. It takes about a minute on a CPU."
     from lorasuite.lab.demo import demo
-    arms = demo(out, say=functools.partial(print, flush=True))
-    return dict(out=str(out), arms=[a.row() for a in arms]) if json_ else {}
+    results = demo(out, say=functools.partial(print, flush=True))
+    return dict(out=str(out), arms=[result.row() for result in results]) if json_ else {}
 
 # %% ../nbs/reference/cli.ipynb #c6cf0697
 @_command
@@ -311,15 +311,15 @@ def evaluate_command(
     if not (data or tasks): raise ValueError('what to evaluate on? give --data FILE, or --tasks NAMES')
     from lorasuite.core.adapter import Adapter
     from lorasuite.core.loading import load_model
-    from lorasuite.training.evaluate import ALOUD, benchmark, check_tasks, evaluate, MATCHES
+    from lorasuite.training.evaluate import benchmark, CHAIN_OF_THOUGHT, check_tasks, evaluate, MATCHES
     if match not in MATCHES: raise ValueError(f'--match {match}: choose one of {", ".join(MATCHES)}')
     names = [t.strip() for t in tasks.split(',')] if tasks else []
     rows = _examples(data)
     check_tasks(names)
     decoder, worn, report = load_model(base), adapter and Adapter.load(adapter), {}
     if rows:
-        aloud = {} if match == 'exact' else ALOUD
-        score = evaluate(decoder, rows, worn, MATCHES[match], progress=_show_progress(), **aloud)
+        longer = {} if match == 'exact' else CHAIN_OF_THOUGHT
+        score = evaluate(decoder, rows, worn, MATCHES[match], progress=_show_progress(), **longer)
         seconds = round(score.seconds, 1)
         report = dict(accuracy=score.accuracy, interval=score.interval, questions=len(rows), seconds=seconds)
     if names: report['benchmarks'] = benchmark(decoder, names, worn)

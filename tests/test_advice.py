@@ -4,26 +4,31 @@ import pytest
 from scipy.stats import fisher_exact, ttest_1samp, ttest_rel
 from lorasuite.forecast.advice import (
     advise, CALIBRATION, CLOSE, compared, expect, measured, OPTIONS, regret, text_advice)
-from lorasuite.lab import experiments, recipes, results, search, upgrades
+from lorasuite.lab import results
+from lorasuite.lab.experiments import EXPERIMENTS, plan, SETTINGS_FROM
+from lorasuite.lab.recipes import Experiment, RUN_KEY
+from lorasuite.lab.store import select_runs
 
 
 def sign(agreement, **more): return dict(agreement_carried=agreement) | more
 
-def test_records_hold_every_run_that_is_planned(monkeypatch, tmp_path):
-    monkeypatch.setattr(lab, 'STARTS', dict.fromkeys(lab.STARTS, lambda cell, seed: None))
-    monkeypatch.setattr(lab, 'ALIGNED', ())
-    kept = results.records()['runs']
-    of = lambda hop, task: [r for r in kept if (r['hop'], r['task']) == (hop, task)]
-    key = lambda r: tuple(r[k] for k in lab.RUN)
-    for hop, task in lab.CELLS:
-        rows, planned = of(hop, task), []
-        lab.plan(lab.Cell(hop, task, tmp_path), lambda *how: planned.append((how[0], *how[2:])), rows, of(lab.LIKE.get(hop, hop), task))
-        assert {p for p in planned if p[0] != 'copy'} <= {*map(key, rows)} <= {*planned} | {('signs', *[None]*4), ('copy', 'test', 0, 0., 0)}, (hop, task)
-        assert len(rows) == len({*map(key, rows)})
-        assert all(0 <= r['accuracy'] <= 1 for r in rows if r['way'] != 'signs')
+@pytest.mark.parametrize('upgrade, task', EXPERIMENTS)
+def test_records_hold_every_run_that_is_planned(upgrade, task, tmp_path):
+    "Whether there is a direct copy, the plan cannot say without models"
+    recorded = results.records()['runs']
+    rows = select_runs(recorded, hop=upgrade, task=task)
+    others = select_runs(recorded, hop=SETTINGS_FROM.get(upgrade, upgrade), task=task)
+    planned, experiment = [], Experiment(upgrade, task, tmp_path)
+    experiment.copies = False
+    plan(experiment, lambda name, method, *how: planned.append((name, *how)), rows, others)
+    keys = {tuple(row[column] for column in RUN_KEY) for row in rows}
+    assert len(rows) == len(keys)
+    assert {*planned} <= keys <= {*planned} | {('signs', *[None]*4), ('copy', 'test', 0, 0., 0)}
+    assert all(0 <= row['accuracy'] <= 1 for row in rows if row['way'] != 'signs')
 
 def test_methods_that_know_only_the_new_model_are_shared():
-    far_back, back = ({m: results.accuracies(u, 'labels', m) for m in ('lora-all', 'carried')} for u in ('far_back', 'back'))
+    def found(upgrade): return {m: results.accuracies(upgrade, 'labels', m) for m in ('lora-all', 'carried')}
+    far_back, back = found('far_back'), found('back')
     assert far_back['lora-all'] == back['lora-all'] != {} and far_back['carried'] != back['carried']
     assert results.accuracies('itself', 'labels', 'lora-all') == {}
 

@@ -1,4 +1,4 @@
-"""Benchmarks through lm-eval, really run on local tasks and compared with a direct computation; answers that are numbers, letters or choices"""
+"""Benchmarks through lm-eval, run on local tasks and compared with a direct computation; kinds of answers"""
 import json, sys
 import pytest, torch
 from typer.testing import CliRunner
@@ -8,7 +8,7 @@ from lorasuite.core.files import data_dir
 from lorasuite.core.loading import load_model
 from lorasuite.training.evaluate import (
     benchmark, check_tasks, COMMONSENSE, evaluate, generate, last_number, same_choice, same_letter, same_number,
-    task_index
+    _task_index
 )
 from lorasuite.training.examples import load_data, prompt
 from lorasuite.cli import app
@@ -22,25 +22,35 @@ def old(): return load_model('zoo/old')
 def specialist(): return Adapter.load('zoo/adapter')
 
 @pytest.fixture(scope='module')
-def questions(): return [e for e in load_data(ZOO/'test.jsonl') if 'eat' in e['instruction'] or 'for money' in e['instruction']]
+def questions():
+    return [e for e in load_data(ZOO/'test.jsonl') if 'eat' in e['instruction'] or 'for money' in e['instruction']]
 
 @pytest.fixture(scope='module')
 def file(questions, tmp_path_factory):
     "The questions with four choices of unequal length each"
     answers = sorted({e['answer'] for e in questions})
-    rows = [dict(ask=prompt(e), answer=e['answer'], choices=[e['answer'], *[a for a in answers if a != e['answer']][i%5:][:3]]) for i, e in enumerate(questions)]
+    rows = []
+    for i, e in enumerate(questions):
+        others = [a for a in answers if a != e['answer']][i%5:][:3]
+        rows.append(dict(ask=prompt(e), answer=e['answer'], choices=[e['answer'], *others]))
     path = tmp_path_factory.mktemp('tasks')/'village.jsonl'
     path.write_text('\n'.join(map(json.dumps, rows)))
     return path
 
 def task(name, file, metrics, **more):
-    return dict(task=name, dataset_path='json', dataset_kwargs=dict(data_files=dict(test=str(file))), test_split='test', doc_to_text='{{ask}}',
+    return dict(task=name, dataset_path='json', dataset_kwargs=dict(data_files=dict(test=str(file))), test_split='test',
+                doc_to_text='{{ask}}',
                 metric_list=[dict(metric=m, aggregation='mean', higher_is_better=True) for m in metrics], **more)
 
-def choosing(file): return task('village_choice', file, ('acc', 'acc_norm'), output_type='multiple_choice', doc_to_choice='{{choices}}', doc_to_target=0)
+def choosing(file):
+    return task('village_choice', file, ('acc', 'acc_norm'), output_type='multiple_choice',
+                doc_to_choice='{{choices}}', doc_to_target=0)
 
-def writing(file): return task('village_words', file, ('exact_match',), output_type='generate_until', doc_to_target='{{answer}}', generation_kwargs=dict(until=['\n'], max_gen_toks=16, do_sample=False),
-                                  filter_list=[dict(name='stripped', filter=[dict(function='remove_whitespace'), dict(function='take_first')])])
+def writing(file):
+    generation = dict(until=['\n'], max_gen_toks=16, do_sample=False)
+    stripped = dict(name='stripped', filter=[dict(function='remove_whitespace'), dict(function='take_first')])
+    return task('village_words', file, ('exact_match',), output_type='generate_until', doc_to_target='{{answer}}',
+                generation_kwargs=generation, filter_list=[stripped])
 
 @torch.no_grad()
 def likelihood(model, tokenizer, ask, choice):
@@ -52,24 +62,30 @@ def directly(model, tokenizer, file):
     "acc and acc_norm, by hand"
     rows = [json.loads(l) for l in file.read_text().splitlines()]
     tables = [{c: likelihood(model, tokenizer, r['ask'], c) for c in r['choices']} for r in rows]
-    best = lambda score: sum(max(t, key=lambda c: score(t[c], c)) == r['answer'] for t, r in zip(tables, rows))/len(rows)
+    def best(score):
+        chosen = [max(t, key=lambda c: score(t[c], c)) for t in tables]
+        return sum(c == r['answer'] for c, r in zip(chosen, rows))/len(rows)
     return best(lambda l, c: l), best(lambda l, c: l/len(c))
 
 def values(rows): return {(r['task'], r['metric']): r['value'] for r in rows}
 
 @pytest.fixture(scope='module')
-def runs(old, specialist, file): return {a: benchmark(old, [choosing(file), writing(file)], adapter) for a, adapter in (('without', None), ('with', specialist))}
+def runs(old, specialist, file):
+    tasks = [choosing(file), writing(file)]
+    return {a: benchmark(old, tasks, adapter) for a, adapter in (('without', None), ('with', specialist))}
 
 def test_likelihoods_are_compared(runs, old, specialist, file):
     found = {a: values(rows) for a, rows in runs.items()}
     with specialist.on(old) as model: expected = directly(model, old.tokenizer, file)
     for a, by_hand in (('with', expected), ('without', directly(old.model, old.tokenizer, file))):
-        assert (found[a]['village_choice', 'acc'], found[a]['village_choice', 'acc_norm']) == pytest.approx(by_hand, abs=1e-9)
+        accuracies = found[a]['village_choice', 'acc'], found[a]['village_choice', 'acc_norm']
+        assert accuracies == pytest.approx(by_hand, abs=1e-9)
     assert found['with']['village_choice', 'acc'] > found['without']['village_choice', 'acc'] + .3
 
 def test_answers_are_written(runs, old, specialist, questions):
     for a, adapter in (('with', specialist), ('without', None)):
-        assert values(runs[a])['village_words', 'exact_match (stripped)'] == pytest.approx(evaluate(old, questions, adapter).accuracy, abs=1e-9)
+        direct = evaluate(old, questions, adapter).accuracy
+        assert values(runs[a])['village_words', 'exact_match (stripped)'] == pytest.approx(direct, abs=1e-9)
 
 def test_standard_errors(runs, questions):
     for row in runs['with']:
@@ -85,44 +101,56 @@ def test_a_limit_is_passed_on(old, file):
 def test_names_are_checked_first():
     with pytest.raises(ValueError, match="no task 'social_i_qa'.*social_iqa"): check_tasks(['social_i_qa'])
     with pytest.raises(ValueError, match='no name is near'): check_tasks(['§§§'])
-    assert {*COMMONSENSE} <= {*task_index().all_tasks}
+    assert {*COMMONSENSE} <= {*_task_index().all_tasks}
 
 def test_without_lm_eval(monkeypatch, old, file):
-    task_index.cache_clear()
+    _task_index.cache_clear()
     monkeypatch.setitem(sys.modules, 'lm_eval.tasks', None)
     with pytest.raises(ImportError, match=r'pip install "lorasuite\[eval\]"'): benchmark(old, [choosing(file)])
     result = CliRunner().invoke(app, ['evaluate', 'zoo/old', '--tasks', 'boolq'])
     assert result.exit_code == 2 and 'lorasuite[eval]' in result.stderr
-    task_index.cache_clear()
+    _task_index.cache_clear()
 
 def test_command(monkeypatch, file, tmp_path):
     from lm_eval.tasks import TaskManager
     (tmp_path/'words.yaml').write_text(json.dumps(writing(file)))
-    monkeypatch.setattr(module, 'task_index', lambda named: TaskManager(include_path=str(tmp_path), include_defaults=False))
+    local = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(module, '_task_index', lambda named: local)
     run = lambda *args: CliRunner().invoke(app, ['evaluate', 'zoo/old', '--adapter', 'zoo/adapter', *args])
     rows = json.loads(run('--tasks', 'village_words', '--json').stdout)['benchmarks']
     assert values(rows)['village_words', 'exact_match (stripped)'] > .8
-    for wrong, message in ((['--tasks', 'village_word'], 'village_words'), ([], '--data FILE, or --tasks'), (['--data', str(ZOO/'test.jsonl'), '--match', 'near'], 'exact, number, letter, choice')):
+    unknown = ['--data', str(ZOO/'test.jsonl'), '--match', 'near'], 'exact, number, letter, choice'
+    for wrong, message in ((['--tasks', 'village_word'], 'village_words'), ([], '--data FILE, or --tasks'), unknown):
         result = run(*wrong)
         assert result.exit_code == 2 and message in result.stderr
 
 def test_command_counts_numbers(tmp_path, old, specialist):
-    ages = [dict(e, answer=[float(e['answer'])]) for e in load_data(ZOO/'test.jsonl') if e['instruction'].startswith('How old')]
+    ages = [e for e in load_data(ZOO/'test.jsonl') if e['instruction'].startswith('How old')]
+    ages = [dict(e, answer=[float(e['answer'])]) for e in ages]
     (tmp_path/'ages.json').write_text(json.dumps(ages)) # answers as in LLM-Adapters' files: [22.0]
-    said = [json.loads(CliRunner().invoke(app, ['evaluate', 'zoo/old', '--adapter', 'zoo/adapter', '--data', str(tmp_path/'ages.json'), '--json', *m]).stdout) for m in ([], ['--match', 'number'])]
+    asked = ['evaluate', 'zoo/old', '--adapter', 'zoo/adapter', '--data', str(tmp_path/'ages.json'), '--json']
+    said = [json.loads(CliRunner().invoke(app, asked + m).stdout) for m in ([], ['--match', 'number'])]
     assert said[0]['accuracy'] == 0 and said[1]['accuracy'] > .8
 
-@pytest.mark.parametrize('text, value', [('The answer is 1,234.', 1234), ('1,234.0', 1234), ('-5', -5), ('from 10-5', 5), ('3 - 7 = -4', -4), ('$2.50!', 2.5), ('3/4 of it', .75), ('40%', 40), ('.5', .5),
-                                         ('1/0', 1), ('12,34', 34), ('12, 13', 13), ('[22.0]', 22), ('in 2 steps:\n\n7\n', 7), ('10,000,000', 10**7)])
+LAST_NUMBERS = [
+    ('The answer is 1,234.', 1234), ('1,234.0', 1234), ('-5', -5), ('from 10-5', 5), ('3 - 7 = -4', -4), ('$2.50!', 2.5),
+    ('3/4 of it', .75), ('40%', 40), ('.5', .5), ('1/0', 1), ('12,34', 34), ('12, 13', 13), ('[22.0]', 22),
+    ('in 2 steps:\n\n7\n', 7), ('10,000,000', 10**7)]
+
+@pytest.mark.parametrize('text, value', LAST_NUMBERS)
 def test_last_number(text, value): assert last_number(text) == pytest.approx(value)
 
 def test_grading():
-    assert same_number('so it is 1,234.0.', '1234') and not same_number('none', 'none') and not same_number('', '0') and same_number('0.3333', '1/3')
-    assert same_letter('The answer is (B).', "['B']") and not same_letter('A cat. The answer is (B).', 'A') and not same_letter('DEAD', 'D') and not same_letter('', '')
-    assert same_choice('the correct answer is solution2', 'solution2') and same_choice('true or false', 'true') and not same_choice('answer12', 'answer2') and not same_choice('', '')
+    assert same_number('so it is 1,234.0.', '1234') and same_number('0.3333', '1/3')
+    assert not same_number('none', 'none') and not same_number('', '0')
+    assert same_letter('The answer is (B).', "['B']") and not same_letter('A cat. The answer is (B).', 'A')
+    assert not same_letter('DEAD', 'D') and not same_letter('', '')
+    assert same_choice('the correct answer is solution2', 'solution2') and same_choice('true or false', 'true')
+    assert not same_choice('answer12', 'answer2') and not same_choice('', '')
 
 def test_long_answers_are_kept(old):
     asks = [f'Question: {n} plus' for n in range(8)]
-    cut, whole = (generate(old.model, old.tokenizer, asks, max_new_tokens=20, **kwargs) for kwargs in ({}, dict(stop=None)))
+    cut = generate(old.model, old.tokenizer, asks, max_new_tokens=20)
+    whole = generate(old.model, old.tokenizer, asks, max_new_tokens=20, stop=None)
     assert all('\n' in a for a in whole) and [a.split('\n')[0].strip() for a in whole] == cut
     assert [a.split(' ')[0] for a in whole] == generate(old.model, old.tokenizer, asks, max_new_tokens=20, stop=' ')

@@ -1,57 +1,82 @@
 """The comparison at equal budgets: what is recorded, how settings are chosen, and that every method keeps its budget"""
-import importlib, json
-import pytest, torch
+import pytest
 from models import error, logits, random_decoder, tokens
 from test_finetune import ROWS
-from lorasuite.core.files import read_json
-from lorasuite.lab.store import kept_runs
+from lorasuite.lab.budgets import (
+    BUDGET_JOBS, BUDGET_KEY, BUDGET_METHODS, BUDGET_RECORDS, job_file, job_search, kept_ranks, record_job,
+    train_under_budget, TUNING_JOBS
+)
+from lorasuite.lab import budgets
+from lorasuite.lab.search import best_setting, DRAW, finalists, Search, SEEDS
+from lorasuite.lab.store import read_records, select_runs
 
-budgets = importlib.import_module('lorasuite.budgets')
+JOBS = BUDGET_JOBS + TUNING_JOBS
+RUNOFF = Search({}, columns=('strength', 'lr'), runoff=(DRAW + 1,))
 
-def row(strength, lr, accuracy, seed=budgets.DRAW, split='validation'): return dict(split=split, strength=strength, lr=lr, seed=seed, accuracy=accuracy)
+def trial(strength, lr, accuracy, seed=DRAW, split='validation'):
+    return dict(split=split, strength=strength, lr=lr, seed=seed, accuracy=accuracy)
+
+def again(*accuracies):
+    "The finalists of the test below on a second draw"
+    return [trial(None, lr, accuracy, DRAW + 1) for lr, accuracy in zip((.03, .003), accuracies)]
 
 def test_two_settings_meet_again():
-    rows = [row(None, .1, .2), row(None, .03, .9), row(None, .01, .8), row(None, .003, .8)]
-    assert budgets.finalists(rows) == [(None, .03), (None, .003)]
-    assert budgets.best(rows + [row(None, .03, .1, budgets.DRAW + 1), row(None, .003, .6, budgets.DRAW + 1)]) == (None, .003)
-    assert budgets.best(rows + [row(None, .03, .8, budgets.DRAW + 1), row(None, .003, .8, budgets.DRAW + 1)]) == (None, .03)
-    assert budgets.finalists(rows + [row(.5, .03, 1., split='test')])[0] == (None, .03)
+    rows = [trial(None, .1, .2), trial(None, .03, .9), trial(None, .01, .8), trial(None, .003, .8)]
+    assert finalists(RUNOFF, rows) == [(None, .03), (None, .003)]
+    assert best_setting(RUNOFF, rows + again(.1, .6)) == (None, .003)
+    assert best_setting(RUNOFF, rows + again(.8, .8)) == (None, .03)
+    assert best_setting(RUNOFF, rows + again(.5, .6)) == (None, .03) # a tie goes to the better one of the first draw
+    assert finalists(RUNOFF, rows + [trial(.5, .03, 1., split='test')])[0] == (None, .03)
 
-def test_records_hold_what_is_planned_and_nothing_else():
-    kept = json.loads(budgets.RESULTS.read_text())['runs']
-    jobs = [(job, budgets.METHODS[job[2]], budgets.RATES) for job in budgets.JOBS] + [(('labels', None, f'carried+{m}'), (None,), (0., *budgets.TUNING[1])) for m in budgets.TUNED]
-    assert len(kept) == sum(len(strengths)*len(rates) + 2 + len(budgets.SEEDS) for _, strengths, rates in jobs)
-    for job, strengths, rates in jobs:
-        rows = [r for r in kept if (r['task'], r['budget'], r['method']) == job]
-        first = {(r['strength'], r['lr']) for r in rows if (r['split'], r['seed']) == ('validation', budgets.DRAW)}
-        again = {(r['strength'], r['lr']) for r in rows if (r['split'], r['seed']) == ('validation', budgets.DRAW + 1)}
-        tested = [(r['strength'], r['lr'], r['seed']) for r in rows if r['split'] == 'test']
-        assert first == {(s, lr) for s in strengths for lr in rates} and again == {*budgets.finalists(rows)}, job
-        assert tested == [(*budgets.best(rows), seed) for seed in budgets.SEEDS], job
+def keys(rows, **columns): return [(r['strength'], r['lr'], r['seed']) for r in select_runs(rows, **columns)]
+
+@pytest.mark.parametrize('job', JOBS, ids=str)
+def test_records_hold_what_is_planned_and_nothing_else(job):
+    search = job_search(job)
+    rows = select_runs(read_records(BUDGET_RECORDS)['runs'], **search.runs)
+    assert len(rows) == len(search.settings) + 2 + len(SEEDS)
+    assert {*keys(rows, split='validation', seed=DRAW)} == {(*setting, DRAW) for setting in search.settings}
+    assert {*keys(rows, split='validation', seed=DRAW + 1)} == {(*s, DRAW + 1) for s in finalists(search, rows)}
+    assert keys(rows, split='test') == [(*best_setting(search, rows), seed) for seed in SEEDS]
+
+def test_there_are_no_other_records():
+    jobs = {(r['task'], r['budget'], r['method']) for r in read_records(BUDGET_RECORDS)['runs']}
+    assert jobs == {*JOBS}
 
 def test_budgets_are_kept_in_the_records():
-    for r in json.loads(budgets.RESULTS.read_text())['runs']:
-        if r.get('ranks'): assert sum(r['ranks'].values()) == r['budget']*len(r['ranks']) or r['method'] == 'adalora' and abs(sum(r['ranks'].values()) - 28*r['budget']) <= 28*.05*r['budget'], (r['method'], r['budget'])
+    for row in read_records(BUDGET_RECORDS)['runs']:
+        if not row.get('ranks'): continue
+        budget, total = row['budget']*len(row['ranks']), sum(row['ranks'].values())
+        near = row['method'] == 'adalora' and abs(total - 28*row['budget']) <= 28*.05*row['budget']
+        assert total == budget or near, (row['method'], row['budget'])
 
-@pytest.mark.parametrize('method', budgets.METHODS)
-def test_every_method_keeps_its_budget_and_leaves_the_model(method, tokenizer, monkeypatch):
-    monkeypatch.setattr(budgets, 'STEPS', 20)
+@pytest.mark.parametrize('method', BUDGET_METHODS)
+def test_every_method_keeps_its_budget_and_leaves_the_model(method, tokenizer):
     decoder, ids = random_decoder(tokenizer), tokens()
     before, base = logits(decoder, ids), {n: p.clone() for n, p in decoder.model.named_parameters()}
     flags = [p.requires_grad for p in decoder.model.parameters()]
-    accuracy, run, adapter = budgets.learn(method, 2, budgets.METHODS[method][0], decoder, ROWS*3, 1e-2, 0, ROWS[:4])
+    strength = BUDGET_METHODS[method][0]
+    accuracy, run, adapter = train_under_budget(method, 2, strength, decoder, ROWS*3, ROWS[:4], 1e-2, 0, steps=20)
     assert 0 <= accuracy <= 1 and len(run) == 20 and run.trained > 0
     assert (adapter is None) == (method == 'dora')
-    if adapter: assert sum(budgets.ranks_of(adapter).values()) == 2*28 and error(logits(decoder, ids, adapter), before) > 1e-4
-    assert logits(decoder, ids).equal(before) and all(p.equal(base[n]) for n, p in decoder.model.named_parameters()) and flags == [p.requires_grad for p in decoder.model.parameters()]
+    if adapter:
+        assert sum(kept_ranks(adapter).values()) == 2*28
+        assert error(logits(decoder, ids, adapter), before) > 1e-4
+    assert logits(decoder, ids).equal(before)
+    assert all(p.equal(base[n]) for n, p in decoder.model.named_parameters())
+    assert flags == [p.requires_grad for p in decoder.model.parameters()]
 
-def test_runs_that_are_kept_are_not_made_again(tmp_path):
-    made, file = [], tmp_path/'deep'/'runs.jsonl'
-    def go(do, *how): do(how, lambda: made.append(how) or dict(zip(budgets.KEY, how), accuracy=.5))
-    with pytest.raises(KeyboardInterrupt), kept_runs(file, budgets.KEY) as (do, rows):
-        go(do, 'validation', None, .1, 0)
-        raise KeyboardInterrupt
-    with kept_runs(file, budgets.KEY) as (do, rows):
-        for lr in (.1, .2): go(do, 'validation', None, lr, 0)
-        assert len(rows) == 2
-    assert [how[2] for how in made] == [.1, .2] and [r['lr'] for r in read_json(file)] == [.1, .2]
+@pytest.mark.parametrize('job', [BUDGET_JOBS[0], TUNING_JOBS[0]], ids=str)
+def test_an_interrupted_job_goes_on(job, monkeypatch, tmp_path):
+    made, search = [], job_search(job)
+    def run(job, *how, **place):
+        if len(made) == 3: raise KeyboardInterrupt
+        made.append(how)
+        return dict(zip(('task', 'budget', 'method'), job)) | dict(zip(BUDGET_KEY, how), accuracy=how[2])
+    for name in ('budget_run', 'tuning_run'): monkeypatch.setattr(budgets, name, run)
+    with pytest.raises(KeyboardInterrupt): record_job(job, tmp_path)
+    made.append(None)
+    record_job(job, tmp_path)
+    rows = read_records(job_file(job, tmp_path))['runs']
+    assert len(rows) == len(made) - 1 == len(search.settings) + 2 + len(SEEDS)
+    assert keys(rows, split='test') == [(*search.settings[-1], seed) for seed in SEEDS] # the highest rate is best here

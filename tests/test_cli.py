@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from lorasuite.core.architecture import ROLES
 from lorasuite.core.files import data_dir
 from lorasuite.core.loading import load_model
-from lorasuite.lab.demo import ARMS
+from lorasuite.lab.demo import DEMO_METHODS
 from lorasuite.cli import app
 
 ZOO = data_dir()/'zoo'
@@ -53,7 +53,7 @@ def test_demo(tmp_path):
     seconds = time.perf_counter() - begin
     assert done.returncode == 0, done.stderr
     arms = {a['arm']: a for a in json.loads((tmp_path/'demo'/'results.json').read_text())['arms']}
-    assert [*arms] == [*ARMS] and all(name in done.stdout for name in ARMS)
+    assert [*arms] == [*DEMO_METHODS] and all(name in done.stdout for name in DEMO_METHODS)
     keys = {'arm', 'accuracy', 'seconds', 'labelled_examples', 'trainable_parameters'}
     assert all(keys <= a.keys() for a in arms.values())
     plots = ('cka.png', 'head_map.png', 'transfer_matrix.png', 'finetuning.png', 'arms.png')

@@ -6,7 +6,9 @@ from lorasuite.training.evaluate import bits_per_byte, evaluate, generate
 from lorasuite.training.examples import encode, load_data
 from lorasuite.training.finetune import finetune, init_adapter
 
-ROWS = [dict(instruction=f'Where does {n} live?', input='', output=v, answer=v) for n, v in zip('Ann Bob Cid Dan Eve Fay Gus Hal'.split(), 'Arden Birch Colm Dover Elmo Ferry Gale Hythe'.split())]
+PLACES = 'Arden Birch Colm Dover Elmo Ferry Gale Hythe'.split()
+ROWS = [dict(instruction=f'Where does {name} live?', input='', output=place, answer=place)
+        for name, place in zip('Ann Bob Cid Dan Eve Fay Gus Hal'.split(), PLACES)]
 
 def write(path, text):
     path.write_text(text)
@@ -19,7 +21,8 @@ def test_reads_json_and_json_lines(tmp_path):
     assert load_data(lines) == load_data(write(tmp_path/'a.json', json.dumps(ROWS, indent=1))) == ROWS
 
 def test_fills_in_what_may_be_absent(tmp_path):
-    assert load_data(write(tmp_path/'a.jsonl', '{"instruction": "Add.", "output": "4"}')) == [dict(instruction='Add.', input='', output='4', answer='4')]
+    found = load_data(write(tmp_path/'a.jsonl', '{"instruction": "Add.", "output": "4"}'))
+    assert found == [dict(instruction='Add.', input='', output='4', answer='4')]
 
 @pytest.mark.parametrize('text, message', [
     ('{"instruction": "a", "output": "b"}\n{"instruction": "a", "out', 'a.jsonl, line 2: not readable'),
@@ -28,7 +31,8 @@ def test_fills_in_what_may_be_absent(tmp_path):
     ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}', "a.jsonl: example 2 has no text under 'output'"),
     ('{"output": "b"}', "example 1 has no text under 'instruction'"),
     ('{"instruction": "a", "output": 3}', "example 1 has no text under 'output'"),
-    ('"just text"', "example 1 has no text under 'instruction'"), ('[1, 2]', "example 1 has no text under 'instruction'")])
+    ('"just text"', "example 1 has no text under 'instruction'"),
+    ('[1, 2]', "example 1 has no text under 'instruction'")])
 def test_errors_name_file_and_place(tmp_path, text, message):
     with pytest.raises(ValueError, match=message): load_data(write(tmp_path/'a.jsonl', text))
 
@@ -39,7 +43,8 @@ def test_files_that_are_not_there(tmp_path):
 def test_only_the_answer_is_learned(tokenizer):
     row = encode(ROWS[0], tokenizer)
     learned = [t for t, l in zip(row['input_ids'], row['labels']) if l != -100]
-    assert tokenizer.decode(learned) == ' Arden<eos>' and tokenizer.decode(row['input_ids']) == '<eos>Question: Where does Ann live?\nAnswer: Arden<eos>'
+    assert tokenizer.decode(learned) == ' Arden<eos>'
+    assert tokenizer.decode(row['input_ids']) == '<eos>Question: Where does Ann live?\nAnswer: Arden<eos>'
 
 # ---- fine-tuning
 
@@ -65,7 +70,8 @@ def test_the_base_stays_as_it_is(decoder, adapter):
 def test_same_seed_same_result(decoder, adapter, tuned):
     again, losses = finetune(decoder, ROWS, adapter, steps=20, lr=1e-2, batch_size=8)
     assert losses == tuned[1] and whole(again).equal(whole(tuned[0]))
-    assert not whole(finetune(decoder, ROWS, adapter, steps=3, batch_size=4, seed=1)[0]).equal(whole(finetune(decoder, ROWS, adapter, steps=3, batch_size=4, seed=2)[0]))
+    one, two = (finetune(decoder, ROWS, adapter, steps=3, batch_size=4, seed=seed)[0] for seed in (1, 2))
+    assert not whole(one).equal(whole(two))
     assert whole(init_adapter(decoder, 4)).norm() == 0
 
 def test_small_batches_at_a_time_add_up(decoder, adapter):
@@ -78,13 +84,14 @@ def test_an_interrupted_run_goes_on(decoder, adapter, tuned, tmp_path, monkeypat
         if state.global_step == 11: raise KeyboardInterrupt
     settings = dict(steps=20, lr=1e-2, batch_size=8, checkpoints=tmp_path/'checkpoints', progress=True)
     with monkeypatch.context() as m:
-        m.setattr('lorasuite.training.trainer.Bar.on_log', power_cut)
+        m.setattr('lorasuite.training.trainer._ProgressBar.on_log', power_cut)
         with pytest.raises(KeyboardInterrupt): finetune(decoder, ROWS, adapter, **settings)
     for other in (dict(lr=1e-3), dict(seed=1)):
         with pytest.raises(ValueError, match='interrupted run'): finetune(decoder, ROWS, adapter, **settings | other)
     with pytest.raises(ValueError, match='interrupted run'): finetune(decoder, ROWS[1:], adapter, **settings)
     steps = []
-    monkeypatch.setattr('lorasuite.training.trainer.Bar.on_log', lambda self, args, state, *a, **k: steps.append(state.global_step))
+    def note(self, args, state, *a, **k): steps.append(state.global_step)
+    monkeypatch.setattr('lorasuite.training.trainer._ProgressBar.on_log', note)
     resumed, losses = finetune(decoder, ROWS, adapter, **settings)
     assert steps[0] == 9 and len(losses) == 20
     assert error(whole(resumed), whole(tuned[0])) <= 1e-5
@@ -100,7 +107,8 @@ def test_accuracy_counts_exact_answers(decoder, adapter, monkeypatch):
 
 def test_generation_does_not_depend_on_the_batch(decoder):
     prompts = ['Ann', 'Where does Bob live?', 'Question: who?\nAnswer:']
-    assert generate(decoder.model, decoder.tokenizer, prompts, 8) == [generate(decoder.model, decoder.tokenizer, [p], 8)[0] for p in prompts]
+    alone = [generate(decoder.model, decoder.tokenizer, [p], 8)[0] for p in prompts]
+    assert generate(decoder.model, decoder.tokenizer, prompts, 8) == alone
 
 def test_bits_per_byte_of_a_uniform_guess(tokenizer):
     d, texts = random_decoder(tokenizer), ['Ann keeps a cat.', 'Bob']
@@ -112,4 +120,5 @@ def test_shipped_models_are_not_shadowed(monkeypatch, tmp_path):
     from lorasuite.model import data_dir, resolve
     (tmp_path/'zoo'/'old').mkdir(parents=True), (tmp_path/'zoo'/'mine').mkdir()
     monkeypatch.chdir(tmp_path)
-    assert resolve('zoo/old') == str(data_dir()/'zoo'/'old') and resolve('zoo/mine') == 'zoo/mine' and resolve('./zoo/old') == './zoo/old'
+    assert resolve('zoo/old') == str(data_dir()/'zoo'/'old')
+    assert resolve('zoo/mine') == 'zoo/mine' and resolve('./zoo/old') == './zoo/old'

@@ -22,7 +22,9 @@ from lorasuite.training.refresh import (
 from lorasuite.lab.world import corpus
 from lorasuite.cli import app
 
-ROWS = [dict(instruction=f'Where does {n} live?', input='', output=v, answer=v) for n, v in zip('Ann Bob Cid Dan Eve Fay Gus Hal'.split(), 'Arden Birch Colm Dover Elmo Ferry Gale Hythe'.split())]
+PLACES = 'Arden Birch Colm Dover Elmo Ferry Gale Hythe'.split()
+ROWS = [dict(instruction=f'Where does {name} live?', input='', output=place, answer=place)
+        for name, place in zip('Ann Bob Cid Dan Eve Fay Gus Hal'.split(), PLACES)]
 
 @pytest.fixture(scope='module')
 def zoo(): return {n: load_model(f'zoo/{n}') for n in ('old', 'stranger')}
@@ -39,8 +41,11 @@ def taught(zoo, specialist, questions): return distillation_data(zoo['old'], que
 def metaspace():
     "A tokenizer that writes a space as `▁`, puts one before every text, and falls back to bytes"
     tok = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>'))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
-    tok.train_from_iterator(corpus(2000, 3), trainers.BpeTrainer(vocab_size=600, show_progress=False, special_tokens=['<unk>', '<eos>', '<pad>'] + [f'<0x{b:02X}>' for b in range(256)]))
+    tok.pre_tokenizer = pre_tokenizers.Metaspace()
+    tok.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
+    special = ['<unk>', '<eos>', '<pad>'] + [f'<0x{b:02X}>' for b in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=600, show_progress=False, special_tokens=special)
+    tok.train_from_iterator(corpus(2000, 3), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<eos>', pad_token='<pad>', unk_token='<unk>')
 
 @pytest.fixture(scope='module')
@@ -50,13 +55,17 @@ def tokenizers(zoo): return [zoo['old'].tokenizer, zoo['stranger'].tokenizer, me
 def words_of(tokenizer): return id_to_bytes(tokenizer) | {tokenizer.eos_token_id: b''}
 
 @cache
-def vocabulary_of(tokenizer): return {b: i for b, i in bytes_to_id(tokenizer).items() if i not in tokenizer.all_special_ids}
+def vocabulary_of(tokenizer):
+    return {b: i for b, i in bytes_to_id(tokenizer).items() if i not in tokenizer.all_special_ids}
 
 def answer_of(tokenizer, text):
     "The bytes of the tokens of an answer, its end included"
-    return [words_of(tokenizer)[t] for t in encode(dict(instruction='?', output=text), tokenizer)['labels'] if t != -100]
+    labels = encode(dict(instruction='?', output=text), tokenizer)['labels']
+    return [words_of(tokenizer)[t] for t in labels if t != -100]
 
-texts = st.one_of(st.text('Kirk read barer 12 éß漢😀', min_size=1, max_size=20), st.text(st.characters(blacklist_categories=('Cs', 'Cc')), min_size=1, max_size=12)).filter(str.strip).map(str.strip)
+ours = st.text('Kirk read barer 12 éß漢😀', min_size=1, max_size=20)
+any_text = st.text(st.characters(blacklist_categories=('Cs', 'Cc')), min_size=1, max_size=12)
+texts = st.one_of(ours, any_text).filter(str.strip).map(str.strip)
 
 # ---- bytes
 
@@ -90,15 +99,18 @@ def test_mass_is_conserved_at_every_shared_boundary(tokenizers, text, rng):
                 spread = project_to_vocabulary(said, vocabulary_of(student), student.eos_token_id)
                 assert not spread or sum(spread.values()) == pytest.approx(1)
 
-BREAD = dict(tokens=[b' b', b'read', b''], options=[[b' b', b' c'], [b'read', b'ell'], [b'', b's']], chances=[[.9, .1], [.5, .5], [.8, .2]])
+BREAD = dict(tokens=[b' b', b'read', b''], options=[[b' b', b' c'], [b'read', b'ell'], [b'', b's']],
+             chances=[[.9, .1], [.5, .5], [.8, .2]])
 
 def test_a_long_token_takes_the_product_of_the_short_ones():
     assert continuations(BREAD, -6, 0) == pytest.approx({b' bread': .45, b' bell': .45, b' c': .1})
-    assert project_to_vocabulary(continuations(BREAD, -6, 0), {b' bread': 3, b' b': 4, b' c': 5}, 1) == pytest.approx({3: .45, 4: .45, 5: .1})
+    target = project_to_vocabulary(continuations(BREAD, -6, 0), {b' bread': 3, b' b': 4, b' c': 5}, 1)
+    assert target == pytest.approx({3: .45, 4: .45, 5: .1})
     assert continuations(BREAD, 0, 0) == pytest.approx({b'': .8, b's': .2})
 
 def test_a_short_token_takes_the_sum_of_the_long_ones_and_the_next_what_agrees():
-    lesson = dict(tokens=[b' bread', b''], options=[[b' bread', b' bell', b' cat'], [b'']], chances=[[.6, .2, .2], [1.]])
+    lesson = dict(tokens=[b' bread', b''], options=[[b' bread', b' bell', b' cat'], [b'']],
+                  chances=[[.6, .2, .2], [1.]])
     vocabulary = {b' b': 3, b' c': 4, b're': 5, b'e': 6, b'ad': 7}
     assert project_to_vocabulary(continuations(lesson, -6, -4), vocabulary, 1) == pytest.approx({3: .8, 4: .2})
     assert project_to_vocabulary(continuations(lesson, -4, -2), vocabulary, 1) == pytest.approx({5: .75, 6: .25})
@@ -111,7 +123,8 @@ def test_what_has_no_token_is_left_out():
 
 def test_ordinary_tokens_go_before_spare_bytes():
     tok = metaspace()
-    assert tok.convert_ids_to_tokens(bytes_to_id(tok)[b'e']) == 'e' and tok.convert_ids_to_tokens(bytes_to_id(tok)[b'\xc3']) == '<0xC3>'
+    assert tok.convert_ids_to_tokens(bytes_to_id(tok)[b'e']) == 'e'
+    assert tok.convert_ids_to_tokens(bytes_to_id(tok)[b'\xc3']) == '<0xC3>'
 
 def test_a_line_break_may_end_an_answer(tokenizer):
     said, line = token_texts(tokenizer, '\n'), bytes_to_id(tokenizer)[b'\n']
@@ -124,7 +137,8 @@ def test_the_same_tokenizer_changes_nothing(zoo, specialist, taught):
     tok = zoo['old'].tokenizer
     rows, targets = student_targets([*taught], tok, 1.)
     row, labels = rows[5], torch.tensor(rows[5]['labels'])
-    with specialist.on(zoo['old']) as model, torch.no_grad(): p = model(torch.tensor([row['input_ids']])).logits[0].softmax(-1)
+    with specialist.on(zoo['old']) as model, torch.no_grad():
+        p = model(torch.tensor([row['input_ids']])).logits[0].softmax(-1)
     for at in (labels >= 0).nonzero().flatten():
         ids, found = targets.ids[labels[at]], targets.p[labels[at]]
         assert found.sum() == pytest.approx(1) and torch.allclose(found, p[at-1][ids]*(found > 0), atol=2e-3)
@@ -135,7 +149,8 @@ def test_hard_labels_are_the_answer_alone(zoo, taught):
         assert targets.p[:, 0].eq(1).all() and targets.p[:, 1:].sum() == 0
         for e, row in zip(taught, rows):
             hard = encode(e, d.tokenizer)
-            assert row['input_ids'] == hard['input_ids'] and [targets.ids[l, 0].item() if l >= 0 else l for l in row['labels']] == hard['labels']
+            assert row['input_ids'] == hard['input_ids']
+            assert [targets.ids[l, 0].item() if l >= 0 else l for l in row['labels']] == hard['labels']
 
 def test_the_loss_of_hard_labels_is_the_models_own(zoo, taught):
     d = zoo['stranger']
@@ -148,7 +163,8 @@ def test_the_loss_of_hard_labels_is_the_models_own(zoo, taught):
 # ---- lessons
 
 def test_lessons_say_what_the_specialist_answers(zoo, specialist, questions, taught):
-    assert [e['answer'] for e in taught] == evaluate(zoo['old'], [q | dict(answer='') for q in questions], specialist).answers
+    asked = [q | dict(answer='') for q in questions]
+    assert [e['answer'] for e in taught] == evaluate(zoo['old'], asked, specialist).answers
     assert all(b''.join(e['tokens']).decode() == f" {e['output']}" for e in taught)
     assert all(max(c) == dict(zip(o, c))[t] for e in taught for t, o, c in zip(e['tokens'], e['options'], e['chances']))
 
@@ -158,7 +174,8 @@ def test_lessons_are_kept(zoo, specialist, questions, taught, tmp_path, monkeypa
     again = distillation_data(zoo['old'], questions, Adapter.load('zoo/adapter'), keep=tmp_path/'kept')
     assert [*again] == [*first] == [*taught]
     for other in (dict(inputs=questions[1:]), dict(adapter=None), dict(top=3)):
-        with pytest.raises(ValueError, match='kept holds lessons of another specialist'): distillation_data(zoo['old'], **dict(inputs=questions, adapter=specialist, keep=tmp_path/'kept') | other)
+        with pytest.raises(ValueError, match='kept holds teacher data of another specialist'):
+            distillation_data(zoo['old'], **dict(inputs=questions, adapter=specialist, keep=tmp_path/'kept') | other)
 
 def test_answers_that_teach_nothing(decoder, monkeypatch):
     monkeypatch.setattr('lorasuite.training.refresh.generate', lambda *a, **k: ['Kirk', '', 'Kirk '*30])
@@ -184,9 +201,13 @@ def test_a_fresh_student_learns_the_answers(decoder):
         assert evaluate(decoder, ROWS, student).accuracy == 1 and losses[-1] < losses[0]/2
 
 def test_gold_wins(decoder, taught, monkeypatch):
-    gold = [{k: e[k] for k in ('instruction', 'input')} | dict(output='Nowhere', answer='Nowhere') for e in [*taught][:3]]
+    nowhere = dict(output='Nowhere', answer='Nowhere')
+    gold = [{k: e[k] for k in ('instruction', 'input')} | nowhere for e in [*taught][:3]]
     seen = {}
-    monkeypatch.setattr('lorasuite.training.refresh.finetune', lambda decoder, rows, adapter, loss, **k: (Adapter({}), seen.update(rows=rows, loss=loss) or [0.]))
+    def fake(decoder, rows, adapter, loss, **kwargs):
+        seen.update(rows=rows, loss=loss)
+        return Adapter({}), [0.]
+    monkeypatch.setattr('lorasuite.training.refresh.finetune', fake)
     refreshed, _ = refresh(decoder, taught, labelled=gold)
     said = [decoder.tokenizer.decode(r['input_ids']) for r in seen['rows']]
     assert len(said) == len(taught) and sum('Nowhere' in s for s in said) == 3
@@ -202,7 +223,7 @@ def test_an_interrupted_refresh_goes_on(decoder, adapter, tmp_path, monkeypatch)
         if state.global_step == 7: raise KeyboardInterrupt
     settings = dict(steps=10, lr=1e-2, batch_size=8, checkpoints=tmp_path/'checkpoints', progress=True)
     with monkeypatch.context() as m:
-        m.setattr('lorasuite.training.trainer.Bar.on_log', power_cut)
+        m.setattr('lorasuite.training.trainer._ProgressBar.on_log', power_cut)
         with pytest.raises(KeyboardInterrupt): refresh(decoder, taught, adapter, **settings)
     with pytest.raises(ValueError, match='interrupted run'): refresh(decoder, taught, adapter, soft=.25, **settings)
     resumed, losses = refresh(decoder, taught, adapter, **settings)
@@ -222,7 +243,8 @@ def test_validation_is_measured_on_true_answers(decoder, adapter):
 
 def test_packed_lessons_teach_the_same(decoder, adapter):
     taught = [e | n for e, n in zip(ROWS, teacher_top_k(decoder.model, decoder.tokenizer, ROWS))]
-    padded, packed = (refresh(decoder, taught, adapter, steps=3, lr=1e-3, batch_size=8, pack=pack) for pack in (False, True))
+    how = dict(steps=3, lr=1e-3, batch_size=8)
+    padded, packed = (refresh(decoder, taught, adapter, **how, pack=pack) for pack in (False, True))
     assert error(whole(packed[0]), whole(padded[0])) < 1e-3 and packed[1] == pytest.approx(padded[1], rel=1e-4)
 
 def test_refused(decoder, taught):
@@ -235,18 +257,25 @@ def test_zero_steps_return_the_start(decoder, taught, adapter):
 
 def test_inputs_need_no_label(tmp_path):
     file = tmp_path/'questions.jsonl'
-    file.write_text(json.dumps(dict(instruction='Where?', output='secret')) + '\n' + json.dumps(dict(instruction='Who', input='is it?')))
-    assert load_data(file, labelled=False) == [dict(instruction='Where?', input=''), dict(instruction='Who', input='is it?')]
+    rows = dict(instruction='Where?', output='secret'), dict(instruction='Who', input='is it?')
+    file.write_text('\n'.join(map(json.dumps, rows)))
+    found = load_data(file, labelled=False)
+    assert found == [dict(instruction='Where?', input=''), dict(instruction='Who', input='is it?')]
     file.write_text('{"output": "Kirk"}')
-    with pytest.raises(ValueError, match="no text under 'instruction': each needs `instruction`$"): load_data(file, labelled=False)
+    with pytest.raises(ValueError, match="no text under 'instruction': each needs `instruction`$"):
+        load_data(file, labelled=False)
 
 def test_of_two_processes_one_asks_the_teacher(tmp_path):
-    (tmp_path/'asked.jsonl').write_text(''.join((data_dir()/'zoo'/'train.jsonl').read_text().splitlines(keepends=True)[:32]))
-    command = lambda out: ['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', str(tmp_path/'asked.jsonl'), '-o', str(tmp_path/out), '--steps', '4', '--lr', '1e-3', '--json']
+    lines = (data_dir()/'zoo'/'train.jsonl').read_text().splitlines(keepends=True)
+    (tmp_path/'asked.jsonl').write_text(''.join(lines[:32]))
+    def command(out):
+        return ['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', str(tmp_path/'asked.jsonl'),
+                '-o', str(tmp_path/out), '--steps', '4', '--lr', '1e-3', '--json']
     two = launch(command('two'))
     one = CliRunner().invoke(app, command('one'))
     out, err = two.communicate(timeout=240)
     assert two.returncode == 0 and one.exit_code == 0, err[-3000:]
     said = [json.loads(x) for x in (out, one.stdout)]
-    assert said[0]['answered'] == said[1]['answered'] == 32 and said[0]['loss'] == pytest.approx(said[1]['loss'], rel=1e-2)
+    assert said[0]['answered'] == said[1]['answered'] == 32
+    assert said[0]['loss'] == pytest.approx(said[1]['loss'], rel=1e-2)
     assert {p.name for p in tmp_path.iterdir()} == {'asked.jsonl', 'one', 'two'}

@@ -11,7 +11,7 @@ from execnb.nbio import dict2nb, mk_cell, nb2str, read_nb
 from check_notebooks import code_faults, head_faults
 from lines import line_up_code
 from nbdev.config import get_config
-from notebooks import badge, is_exported, nbs, notebooks, only_imports
+from notebooks import badge, is_exported, MISSING, nbs, notebooks, only_imports
 from pages import link_pages, page
 from reference import add_reference, exporting
 
@@ -45,7 +45,8 @@ def test_outputs_are_those_of_the_notebook():
 def test_the_reference_lists_every_public_definition():
     text = '\n'.join(c.source for c in add_reference(page(nbs/'reference'/'api.ipynb')).cells)
     for module in exporting():
-        tree = ast.parse((get_config().lib_path/module.replace('.', '/')).with_suffix('.py').read_text(encoding='utf-8'))
+        file = (get_config().lib_path/module.replace('.', '/')).with_suffix('.py')
+        tree = ast.parse(file.read_text(encoding='utf-8'))
         names = [n.name for n in tree.body if isinstance(n, KINDS) and not n.name.startswith('_')]
         for name in names: assert f'{{#{module}.{name}}}' in text
 
@@ -70,18 +71,23 @@ def test_what_a_notebook_may_not_do_is_found():
         assert 'imports' in next(code_faults(cell(source)))
     assert 'reads files beside it' in next(code_faults(cell("open('../benchmarks/x.json')")))
     assert 'characters' in next(code_faults(cell('x = ' + '1'*120)))
+    assert 'f and g' in next(code_faults(cell('#| export\ndef f(): pass\ndef g(): pass')))
+    assert not [*code_faults(cell('#| export\ndef _f(): pass\ndef g(): pass'))]
     assert not [*code_faults(cell('#| export\nimport torch, json\nfrom .core import x\nfrom lorasuite.core import y'))]
 
 def test_the_first_cells_are_looked_at():
     path = nbs/'course'/'06_cka.ipynb'
     title = cell('# T\n> s', 'markdown')
-    install = cell("import importlib.util\nif importlib.util.find_spec('lorasuite') is None:\n    %pip install x")
+    address = f'{get_config().user}/{get_config().repo}'
+    install = cell(f'if {MISSING}:\n    %pip install git+https://github.com/{address}')
     good = [title, cell(badge(path), 'markdown'), install]
     assert not [*head_faults(path, good)]
     assert not [*head_faults(path, [title, cell('only text', 'markdown')])]
-    assert 'of another notebook' in next(head_faults(path, [title, cell(badge(nbs/'index.ipynb'), 'markdown'), install]))
+    other = cell(badge(nbs/'index.ipynb'), 'markdown')
+    assert 'of another notebook' in next(head_faults(path, [title, other, install]))
     assert 'no "Open in Colab"' in next(head_faults(path, [title, install]))
-    assert 'install' in next(head_faults(path, good[:2] + [cell('x = 1')]))
+    for other in ('x = 1', '%pip install x', f'%pip install git+https://github.com/{address}'):
+        assert 'install' in next(head_faults(path, good[:2] + [cell(other)]))
 
 def run(*arguments):
     command = [sys.executable, str(ROOT/'tools'/'run_notebooks.py'), *map(str, arguments)]
@@ -95,7 +101,7 @@ def notebook(path, *sources):
 
 def test_notebooks_run_in_an_empty_directory(tmp_path):
     "Outputs are saved, cell ids stay, flagged cells are passed over; `--check` saves nothing"
-    sources = 'import os\nprint(os.listdir())', '#| gpu\nprint(1/0)', 'import sys\nsys.stderr.write("x")'
+    sources = 'import os\nprint(os.listdir())', '#| gpu\nprint(1/0)', 'import sys\nprint("x", file=sys.stderr)'
     path = notebook(tmp_path/'a.ipynb', *sources)
     before = path.read_text()
     assert run('--check', path).returncode == 0 and path.read_text() == before

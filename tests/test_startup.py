@@ -11,7 +11,7 @@ from lorasuite.core.architecture import ROLES
 from lorasuite.core.files import data_dir
 from lorasuite.stages.alignment import METHODS
 from lorasuite.training.evaluate import MATCHES
-from lorasuite.training.refresh import SOFT
+from lorasuite.training.refresh import SOFT_WEIGHT
 from transformers import SchedulerType
 
 HEAVY = ('torch', 'transformers', 'datasets', 'peft', 'accelerate', 'safetensors', 'numpy', 'scipy', 'pandas')
@@ -106,7 +106,7 @@ def test_help_agrees_with_the_modules():
     assert f'all of {",".join(ROLES)} by default' in parameter('finetune', 'roles').help
     schedule = parameter('finetune', 'schedule')
     assert schedule.help == f'how the learning rate falls: {", ".join(s.value for s in SchedulerType)}'
-    assert parameter('refresh', 'soft').default == SOFT
+    assert parameter('refresh', 'soft').default == SOFT_WEIGHT
     said = parameter('evaluate', 'match').help
     assert all(match in said for match in MATCHES)
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 from execnb.nbio import nb2str, read_nb
 from nbdev.clean import clean_nb
-from notebooks import badge, cfg, is_badge, is_install, notebooks, parse_code, skips_execution
+from notebooks import badge, cfg, is_badge, is_exported, is_install, notebooks, parse_code, skips_execution
 
 LINE = 120
 
@@ -33,10 +33,13 @@ def imported(cell):
         if isinstance(node, ast.Import): yield from (name.name.split('.')[0] for name in node.names)
         if isinstance(node, ast.ImportFrom): yield node.module.split('.')[0] if node.level == 0 else cfg.lib_name
 
-def strings(cell):
-    "The texts in a code cell"
-    nodes = ast.walk(ast.Module(parse_code(cell), []))
-    return [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+def opened(cell):
+    "The names of files and folders that a code cell writes down as it opens them"
+    for node in ast.walk(ast.Module(parse_code(cell), [])):
+        if not isinstance(node, ast.Call): continue
+        name = getattr(node.func, 'attr', getattr(node.func, 'id', ''))
+        if not re.match('Path$|open$|glob|listdir|load|read|imread', name): continue
+        yield from (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
 
 def head_faults(path, cells):
     "What is wrong with the first cells of a notebook"
@@ -47,12 +50,19 @@ def head_faults(path, cells):
     elif cells[place].source.strip() != badge(path): yield 'has the "Open in Colab" of another notebook'
     elif not is_install(cells[place + 1]): yield 'does not install the library right after "Open in Colab"'
 
+def definitions(cell):
+    "The public functions and classes that a code cell defines"
+    nodes = [node for node in parse_code(cell) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return [node.name for node in nodes if not node.name.startswith('_')]
+
 def code_faults(cell):
     "What is wrong with a code cell"
     first = next(iter(cell.source.splitlines()), '')
     for name in sorted(set(imported(cell)) - AVAILABLE):
         yield f'imports {name}, which the library does not require ({first} …)'
-    if any(s.startswith('..') and '/' in s for s in strings(cell)): yield f'reads files beside it ({first} …)'
+    if any(name.startswith('..') for name in opened(cell)): yield f'reads files beside it ({first} …)'
+    names = definitions(cell)
+    if is_exported(cell) and len(names) > 1: yield f'exports {" and ".join(names)} in one cell instead of one each'
     for line in cell.source.splitlines():
         if len(line) > LINE: yield f'has a line of {len(line)} characters: {line.strip()[:60]} …'
 

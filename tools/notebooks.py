@@ -8,7 +8,7 @@ from nbdev.process import NBProcessor, extract_directives
 
 cfg = get_config()
 root, nbs = cfg.config_path, cfg.nbs_path
-INSTALLS = "importlib.util.find_spec('lorasuite') is None"
+MISSING = "importlib.util.find_spec('lorasuite') is None"
 
 def notebooks():
     "All notebooks of the project, in order"
@@ -34,8 +34,9 @@ def is_badge(cell):
     return cell.cell_type == 'markdown' and cell.source.startswith('[![Open in Colab]')
 
 def is_install(cell):
-    "Is `cell` the one that installs the library where it is missing?"
-    return cell.cell_type == 'code' and INSTALLS in cell.source and '%pip install' in cell.source
+    "Is `cell` the one that installs the library, where it is missing or where a GPU is used?"
+    if cell.cell_type != 'code' or '%pip install' not in cell.source: return False
+    return f'github.com/{cfg.user}/{cfg.repo}' in cell.source and (MISSING in cell.source or is_skipped(cell))
 
 def only_imports(cell):
     "Has `cell` imports and nothing else?"

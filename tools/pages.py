@@ -40,10 +40,11 @@ def headings(cells):
     return {re.sub(r'\W+', '-', title.lower()).strip('-') for title in titles}
 
 def defined(cell):
-    "The name of the function or class that an exported `cell` defines, in lower case; `None` without one"
+    "The function or class that an exported `cell` defines, a public one first, in lower case; `None` without one"
     if 'export' not in getattr(cell, 'directives_', {}): return None
     kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
-    return next((node.name.lower() for node in ast.parse(cell.source).body if isinstance(node, kinds)), None)
+    names = [node.name.lower() for node in ast.parse(cell.source).body if isinstance(node, kinds)]
+    return min(names, key=lambda name: name.startswith('_'), default=None)
 
 def set_anchors(cells):
     "Give each exported definition the anchor that links to its name lead to"

@@ -23,12 +23,12 @@ from .architecture import in_features, out_features
 from .files import atomic_directory, writing
 from .model import Decoder
 
-# %% ../../nbs/course/02_adapter.ipynb #19dd119d
+# %% ../../nbs/course/02_adapter.ipynb #a4bf7f80
 def format_names() -> list[str]: # `peft` and what else there is
     "The formats in which adapters can be read and written: the modules of `lorasuite.core.formats`"
     return sorted(module.name for module in pkgutil.iter_modules(formats.__path__))
 
-# %% ../../nbs/course/02_adapter.ipynb #990f0e04
+# %% ../../nbs/course/02_adapter.ipynb #7621379c
 def find_format(
     name:str, # of a format
 ) -> ModuleType: # with `read(name) -> Adapter` and `write(adapter, folder)`
@@ -105,7 +105,7 @@ class Adapter:
         return f'Adapter({len(self.updates)} updates of {base}, rank {ranks}, {numbers:,} numbers)'
     def _repr_html_(self): return _summary_html(self)
 
-# %% ../../nbs/course/02_adapter.ipynb #d5d35ec1
+# %% ../../nbs/course/02_adapter.ipynb #1c7423bd
 def _norm_shares(
     adapter:Adapter,            # whose updates are measured
     group:Callable[[str], str], # name of the group of a module path
@@ -116,13 +116,15 @@ def _norm_shares(
     total = sizes.total() or 1
     return {name: size/total for name, size in sizes.items()}
 
-# %% ../../nbs/course/02_adapter.ipynb #24298396
-def _layer_name(path:str) -> str:
+# %% ../../nbs/course/02_adapter.ipynb #21087605
+def _layer_name(
+    path:str, # of a module
+) -> str:
     "The block that a module path lies in: the first number in it"
     number = re.search(r'\.(\d+)\.', path)
     return f'layer {number[1]}' if number else 'elsewhere'
 
-# %% ../../nbs/course/02_adapter.ipynb #90e51fa6
+# %% ../../nbs/course/02_adapter.ipynb #d622fb4f
 def _html_table(
     *rows:tuple, # of cells; the first row is the head
 ) -> str:
@@ -133,7 +135,7 @@ def _html_table(
         lines.append(''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in row))
     return '<table>' + ''.join(f'<tr>{line}</tr>' for line in lines) + '</table>'
 
-# %% ../../nbs/course/02_adapter.ipynb #765e62ba
+# %% ../../nbs/course/02_adapter.ipynb #9fb45045
 def _summary_html(
     adapter:Adapter, # to be shown
 ) -> str:
@@ -165,7 +167,7 @@ def attach(
         model.unload().train(training)
         for p, flag in flags: p.requires_grad_(flag)
 
-# %% ../../nbs/course/02_adapter.ipynb #96b5dcc6
+# %% ../../nbs/course/02_adapter.ipynb #f6cde641
 def _weight_shapes(
     decoder:Decoder, # a model
 ) -> dict[str, tuple[int, int]]: # path: (out, in), which is (hidden, vocab) for the input embedding
@@ -199,7 +201,7 @@ def check_fit(
             raise ValueError(f'the update of {path} is {B.shape[0]}×{A.shape[1]}, the weight of {decoder.name} is '
                              f'{wanted}: was the adapter trained on another model?')
 
-# %% ../../nbs/course/02_adapter.ipynb #acc1aa20
+# %% ../../nbs/course/02_adapter.ipynb #836b7349
 def _load_onto(
     model:torch.nn.Module, # the base model
     adapter:Adapter,       # that fits it

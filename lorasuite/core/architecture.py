@@ -100,6 +100,13 @@ class Tags:
         values[:, torch.tensor([*ids], dtype=torch.long)] *= -1
         return values
 
+# %% ../../nbs/reference/architecture.ipynb #ccc3c101
+def _leaf(
+    x:Tensor, # any numbers
+) -> Tensor: # the same
+    "A copy on the CPU at which gradients end"
+    return x.detach().cpu().clone().requires_grad_()
+
 # %% ../../nbs/reference/architecture.ipynb #765e644a
 @dataclass
 class Call:
@@ -108,11 +115,7 @@ class Call:
     output:Tensor|None=None # as it was answered, a leaf for gradients
     ids:Tensor|None=None    # the tags in the output, where it consists of tags
 
-# %% ../../nbs/reference/architecture.ipynb #66a70868
-def _leaf(x:Tensor) -> Tensor:
-    "A copy on the CPU at which gradients end"
-    return x.detach().cpu().clone().requires_grad_()
-
+# %% ../../nbs/reference/architecture.ipynb #2e9ae9f7
 def _answer(
     x:Tensor,        # what a part of the block was given
     ids:Tensor|None, # of its tags, if it is a linear map
@@ -126,7 +129,7 @@ def _answer(
     out = _leaf(values[:, ids].view(*x.shape[:-1], -1))
     return Call(x, out, torch.stack([ids, ids + len(tags)]).view(out.shape))
 
-# %% ../../nbs/reference/architecture.ipynb #1675fdb8
+# %% ../../nbs/reference/architecture.ipynb #46b540e1
 def _answer_outside(
     module:nn.Module, # not of the block
     x:Tensor,         # what it was given
@@ -135,7 +138,7 @@ def _answer_outside(
     if is_norm(module): return x
     return torch.rand(*x.shape[:2], out_features(module) or module.weight.shape[1])
 
-# %% ../../nbs/reference/architecture.ipynb #2469d02b
+# %% ../../nbs/reference/architecture.ipynb #c4d3df3b
 class _Done(Exception): "The block has run"
 
 @contextmanager
@@ -247,7 +250,7 @@ def _attention_rows(
         raise ValueError(f'queries and keys of the heads that {o} reads cannot be told apart')
     return rows
 
-# %% ../../nbs/reference/architecture.ipynb #69a14a6e
+# %% ../../nbs/reference/architecture.ipynb #abe78675
 def _neuron_outputs(
     calls:dict[str, Call],  # of a dry run
     x:Tensor,               # (1, 2, neurons) what the writer of the MLP read in it
@@ -298,7 +301,7 @@ def _writers(
     if len(down) != 1: raise ValueError(f'has {len(down)} maps that read neurons, not one')
     return o[0], down[0]
 
-# %% ../../nbs/reference/architecture.ipynb #63b4f3be
+# %% ../../nbs/reference/architecture.ipynb #7adefed1
 def _runs(
     numbers:Tensor, # (n,) outputs of a module
 ) -> list[list[int]]: # [[start, stop], …]
@@ -337,7 +340,7 @@ def _assign_modules(
         rows[role] = once - tags.ids[modules[role]][0]
     return modules, rows
 
-# %% ../../nbs/reference/architecture.ipynb #facd26f3
+# %% ../../nbs/reference/architecture.ipynb #967513f4
 def _norms_after(
     calls:dict[str, Call],  # of a dry run
     modules:dict[str, str], # role: name of its module
@@ -383,7 +386,7 @@ def _meta_copy(
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
 
-# %% ../../nbs/reference/architecture.ipynb #1f451dc6
+# %% ../../nbs/reference/architecture.ipynb #4e34f10b
 class _PartError(ValueError):
     "A part of a block that is not understood, and why"
     def __init__(self, name:str, why:str):

@@ -39,7 +39,7 @@ def _gain_behind(
 class Block:
     "The weights of one transformer block and the norms around them, each read once"
     path:str                    # dotted path in the model
-    weights:dict[str, Tensor]   # role: (out, in) in float64, as stored; rows of readers in the order of heads or neurons
+    weights:dict[str, Tensor]   # role: (out, in) in float64, as stored; readers' rows in the order of heads or neurons
     before:dict[str, Norm]      # reader: the norm in front of it, gain and offset of the size of the stream
     behind:dict[str, Tensor]    # role: (out,) gain of the norm behind it
     heads:int                   # query heads

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .files import resolve
 from .model import Decoder, pick_device, pick_dtype
 
-# %% ../../nbs/reference/loading.ipynb #52691fee
+# %% ../../nbs/reference/loading.ipynb #1dc5bd9d
 def _check_index(
     index:Path, # model.safetensors.index.json of a model
 ):
@@ -34,7 +34,7 @@ def _check_index(
         if not (index.parent/file).is_file():
             raise FileNotFoundError(f'{index} names {file}, which is not there: fetch the model again')
 
-# %% ../../nbs/reference/loading.ipynb #ef202469
+# %% ../../nbs/reference/loading.ipynb #2967af12
 def _headers(
     file:Path, # in safetensors
 ) -> dict[str, tuple[str, list[int]]]: # weight: its type as safetensors writes it, its shape
@@ -103,7 +103,7 @@ def _reading(
         kind = OSError if isinstance(e, OSError) else ValueError
         raise kind(f'cannot load a model and its tokenizer from {name}: {e}') from None
 
-# %% ../../nbs/reference/loading.ipynb #349c9c04
+# %% ../../nbs/reference/loading.ipynb #c6ae379f
 def _read_checked(
     name:str|os.PathLike,  # a directory, `zoo/…`, or a Hub id
     dtype:torch.dtype|str, # of the weights
@@ -119,7 +119,7 @@ def _read_checked(
     _check_tokenizer(name, tokenizer, len(model.get_input_embeddings().weight))
     return model.eval(), tokenizer
 
-# %% ../../nbs/reference/loading.ipynb #1d439d58
+# %% ../../nbs/reference/loading.ipynb #3822f885
 def _offload(
     model:PreTrainedModel,  # as loaded
     device:torch.device,    # where it shall compute
@@ -147,10 +147,13 @@ def load_model(
     return Decoder(model, tokenizer, name)
 
 # %% ../../nbs/reference/loading.ipynb #0af4fa57
-def _sha256(file:Path) -> str:
+def _sha256(
+    file:Path, # any file
+) -> str: # 64 hexadecimal digits
     "Hash of a file"
     with file.open('rb') as f: return sha_fileobj(f).hex()
 
+# %% ../../nbs/reference/loading.ipynb #3876ce8c
 def weight_hashes(
     name:str, # a directory, `zoo/…`, or the Hub id of a model that has been fetched
 ) -> dict[str, str]: # weight file: its SHA-256

@@ -19,7 +19,7 @@ from ..stages.card import skipped_by_reason
 from ..stages.embeddings import unsupported_embeddings
 from ..stages.transfer import split_by_role
 
-# %% ../../nbs/reference/inspection.ipynb #0dd1e79e
+# %% ../../nbs/reference/inspection.ipynb #ba75a7a1
 def _size_table(
     old:Decoder, new:Decoder, # both models, without weights
 ) -> dict[str, tuple]: # axis of change: old, new
@@ -29,14 +29,14 @@ def _size_table(
     for kind in ('attention', 'norm_kind'): table[kind] = getattr(old, kind), getattr(new, kind)
     return table | dict(roles=(' '.join(old.roles), ' '.join(new.roles)))
 
-# %% ../../nbs/reference/inspection.ipynb #55b7ac87
+# %% ../../nbs/reference/inspection.ipynb #8598d35e
 def _weight_count(
     name:str|os.PathLike, # of a model
 ) -> str:
     "How many numbers of which type a model's files hold"
     return ', '.join(f'{n:,} {kind}' for kind, n in stored_weights(name).items())
 
-# %% ../../nbs/reference/inspection.ipynb #a88de90b
+# %% ../../nbs/reference/inspection.ipynb #6057485e
 _UNITS = dict(layers='layers', heads='heads of each layer', intermediate='neurons of each layer')
 
 def _without_partner(
@@ -44,8 +44,8 @@ def _without_partner(
 ) -> list[str]:
     "Old layers, heads and neurons that will find no partner"
     lost = {unit: (getattr(old, unit) - getattr(new, unit), getattr(old, unit)) for unit in _UNITS}
-    return [f'{n} of {all_} old {_UNITS[unit]} will find no partner, and their updates are left out'
-            for unit, (n, all_) in lost.items() if n > 0]
+    return [f'{n} of {total} old {_UNITS[unit]} will find no partner, and their updates are left out'
+            for unit, (n, total) in lost.items() if n > 0]
 
 # %% ../../nbs/reference/inspection.ipynb #5989173c
 def _limits(
@@ -59,7 +59,7 @@ def _limits(
     missing = [f'{new.name} has no {role}: updates of it are left out' for role in old.roles if role not in new.roles]
     return [str(w.message) for w in caught] + _without_partner(old, new) + missing
 
-# %% ../../nbs/reference/inspection.ipynb #12441b06
+# %% ../../nbs/reference/inspection.ipynb #9cc58966
 def _lost_updates(
     adapter:Adapter,                # of the old model
     updates:dict,                   # of its blocks: (layer, role): A, B
@@ -105,7 +105,7 @@ def _inspect_weights(
     found = diagnose(a, b, alignment, Adapter.load(adapter), inputs) if inputs else relatedness(a, b, alignment)
     return dict(fit=alignment.fit, layers=alignment.layers) | found | dict(advice=advise(found))
 
-# %% ../../nbs/reference/inspection.ipynb #6c7e567d
+# %% ../../nbs/reference/inspection.ipynb #e5a40d41
 def _size_lines(report:dict) -> list[str]:
     "Both models side by side, with the rows that change marked"
     rows = {'': (report['old'], report['new'])} | report['sizes']
@@ -115,7 +115,7 @@ def _size_lines(report:dict) -> list[str]:
     vocab, vocab2 = report['sizes']['vocab']
     return lines + [f"shared tokens: {report['shared_tokens']:,} of {vocab:,} old and {vocab2:,} new"]
 
-# %% ../../nbs/reference/inspection.ipynb #d1c4cd6f
+# %% ../../nbs/reference/inspection.ipynb #1ffa286a
 def _adapter_lines(a:dict) -> list[str]:
     "What of the adapter will be transferred"
     ranks = ', '.join(map(str, a['ranks']))
@@ -125,7 +125,7 @@ def _adapter_lines(a:dict) -> list[str]:
     skipped = [f"skipped, {why}: {', '.join(what)}" for why, what in a['skipped'].items()]
     return [f"adapter: {a['updates']} updates of rank {ranks} ({roles}), {fate}"] + skipped
 
-# %% ../../nbs/reference/inspection.ipynb #0d777b35
+# %% ../../nbs/reference/inspection.ipynb #d0eb8f22
 def _deep_lines(d:dict) -> list[str]:
     "The signs in the weights, and the advice"
     from lorasuite.forecast.advice import text_advice
@@ -146,14 +146,14 @@ def text_report(
     if report.get('deep'): lines += _deep_lines(report['deep'])
     return '\n'.join(lines)
 
-# %% ../../nbs/reference/inspection.ipynb #54e359a3
+# %% ../../nbs/reference/inspection.ipynb #6f2bba45
 def _html_row(name:str, pair:tuple) -> str:
     "One row of the table of sizes, in bold where the two differ"
     tag = 'td' if pair[0] == pair[1] else 'th'
     cells = ''.join(f'<{tag} style="text-align:right">{escape(str(x))}</{tag}>' for x in pair)
     return f'<tr><td>{escape(name)}</td>{cells}</tr>'
 
-# %% ../../nbs/reference/inspection.ipynb #7e475e3c
+# %% ../../nbs/reference/inspection.ipynb #4be740a3
 class InspectReport(dict):
     "The report of `inspect`: a dict that prints as text and shows as a table in a notebook"
     def __str__(self): return text_report(self)

@@ -176,7 +176,7 @@ def budget_experiment(
     "The upgrade that adapters are transferred over: to the successor that drifted most"
     return Experiment(MAIN_UPGRADE, task, place)
 
-# %% ../../nbs/lab/08_budgets.ipynb #29c67c71
+# %% ../../nbs/lab/08_budgets.ipynb #236883ea
 def _count_numbers(
     adapter:Adapter, # any
 ) -> int:

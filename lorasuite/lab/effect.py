@@ -34,6 +34,7 @@ def logits_with(
     if adapter is None: return decoder.model(ids.to(decoder.device)).logits.cpu()
     with adapter.on(decoder) as model: return model(ids.to(decoder.device)).logits.cpu()
 
+# %% ../../nbs/reference/effect.ipynb #7239bdd7
 def adapter_effect(
     decoder:Decoder,    # the base model
     ids:Tensor,         # (texts, length) token ids

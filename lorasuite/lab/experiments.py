@@ -27,7 +27,7 @@ from .upgrades import base_model, specialist, UPGRADES
 # %% ../../nbs/lab/05_experiments.ipynb #c10e5334
 EXPERIMENTS = [(upgrade, task) for upgrade in UPGRADES for task in ('labels', 'sums')]
 
-# %% ../../nbs/lab/05_experiments.ipynb #ff1c7e72
+# %% ../../nbs/lab/05_experiments.ipynb #30cb383a
 MAIN_UPGRADE = 'far' # with all comparisons and curves
 TUNED_UPGRADES = (MAIN_UPGRADE, 'stranger', 'new') # they have settings of their own
 UNTUNED_UPGRADES = ('sibling', 'back', 'far_back', 'strange_back') # they take over settings; on the rest nothing is trained
@@ -56,7 +56,7 @@ def lengthened(
     longer = [(steps, RATES[3]) for steps in STEPS if steps > setting[0]]
     return [setting, *longer] if longer else []
 
-# %% ../../nbs/lab/05_experiments.ipynb #6b6ae77f
+# %% ../../nbs/lab/05_experiments.ipynb #5d50f980
 def settings_to_try(
     upgrade:str,        # one of `UPGRADES`
     name:str,           # of a method
@@ -68,7 +68,7 @@ def settings_to_try(
     if method.few: return []
     return lengthened(best_setting(method_search(name, method), others))
 
-# %% ../../nbs/lab/05_experiments.ipynb #883a7276
+# %% ../../nbs/lab/05_experiments.ipynb #62b47c25
 def plan_untrained(
     experiment:Experiment,  # an upgrade with a task
     do:Callable,            # makes a run, or finds it done: name, method, split, steps, lr, seed
@@ -80,7 +80,7 @@ def plan_untrained(
     if name == 'copy' and not experiment.copies: return
     for seed in SEEDS if name in RANDOM_STARTS else [0]: do(name, method, 'test', 0, 0., seed)
 
-# %% ../../nbs/lab/05_experiments.ipynb #01e7f9f4
+# %% ../../nbs/lab/05_experiments.ipynb #ecd44acf
 def plan_trained(
     experiment:Experiment,  # an upgrade with a task
     do:Callable,            # makes a run, or finds it done: name, method, split, steps, lr, seed
@@ -110,7 +110,7 @@ def curve_methods(
             methods.append((f'{name}-{n}', Method(METHODS[name].start, teacher=True, inputs=n), neighbour))
     return methods
 
-# %% ../../nbs/lab/05_experiments.ipynb #b2b93d10
+# %% ../../nbs/lab/05_experiments.ipynb #3bac0dad
 def plan_curves(
     experiment:Experiment,  # an upgrade with a task
     do:Callable,            # makes a run, or finds it done: name, method, split, steps, lr, seed
@@ -158,7 +158,7 @@ def record_experiment(
     def do(name, method, *how): log.add((name, *how), lambda: run_and_score(experiment, name, method, *how))
     plan(experiment, do, log.rows)
 
-# %% ../../nbs/lab/05_experiments.ipynb #57afaf9c
+# %% ../../nbs/lab/05_experiments.ipynb #dec549de
 def experiment_file(
     place:Path,     # where the laboratory keeps models and runs
     upgrade:str,    # one of `UPGRADES`
@@ -200,7 +200,7 @@ def make_part(
     "Make something that another process will read, and return nothing"
     make(*what)
 
-# %% ../../nbs/lab/05_experiments.ipynb #2cd32eaf
+# %% ../../nbs/lab/05_experiments.ipynb #7177298f
 @contextmanager
 def worker_pool(
     workers:int, # processes, with one thread each
@@ -211,7 +211,7 @@ def worker_pool(
         try: yield pool
         finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/lab/05_experiments.ipynb #1d2ed52a
+# %% ../../nbs/lab/05_experiments.ipynb #b5d775a0
 def run_all(
     pool:ProcessPoolExecutor,   # that does the work
     place:Path,                 # where the laboratory keeps models and runs

@@ -17,7 +17,7 @@ from ..core.architecture import is_norm, parameter_modules, ROLE_SPACES
 from ..core.block import Block, read_block
 from ..core.model import Decoder, read_norm
 
-# %% ../../nbs/course/03_oracle.ipynb #0f921e13
+# %% ../../nbs/course/03_oracle.ipynb #a7da1276
 def _kv_portions(
     heads:int,      # old query heads
     kv_heads:int,   # old key-value heads
@@ -67,7 +67,7 @@ def vocabulary_matrix(
     M = torch.sparse_coo_tensor(torch.tensor([rows, columns]), shares, (len(pieces), vocab), check_invariants=True)
     return M.coalesce()
 
-# %% ../../nbs/course/03_oracle.ipynb #974701bd
+# %% ../../nbs/course/03_oracle.ipynb #ba014247
 def _shuffle_ids(
     vocabulary:dict[str, int],  # token: id
     seed:int,                   # of the shuffling
@@ -91,7 +91,7 @@ def _renumber(
             if key in ('sep', 'cls'): p[1] = ids[p[0]]
             else: _renumber(p, ids)
 
-# %% ../../nbs/course/03_oracle.ipynb #394ed8f0
+# %% ../../nbs/course/03_oracle.ipynb #4d56f4bd
 def _renumber_tokenizer(
     tokenizer:PreTrainedTokenizerFast,  # a fast tokenizer
     ids:dict[str, int],                 # token: its new id, for all its tokens
@@ -133,7 +133,7 @@ class Truth:
     heads:list[list[int]] = field(default_factory=list)    # for each old layer, old query head: new query head
     neurons:list[list[int]] = field(default_factory=list)  # for each old layer, old neuron: new neuron
 
-# %% ../../nbs/course/03_oracle.ipynb #69e744a2
+# %% ../../nbs/course/03_oracle.ipynb #0c7e8afe
 def _randn(
     g:torch.Generator,  # source of randomness
     *shape:int,         # of the result
@@ -141,7 +141,7 @@ def _randn(
     "Standard normal numbers"
     return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-# %% ../../nbs/course/03_oracle.ipynb #303c4135
+# %% ../../nbs/course/03_oracle.ipynb #d80379c4
 def _renaming_matrix(
     sizes:tuple[int, int],  # hidden', hidden
     signs:bool,             # may coordinates change their sign?
@@ -154,7 +154,7 @@ def _renaming_matrix(
     P[places, torch.arange(d)] = _randn(g, d).sign() if signs else torch.ones(d, dtype=torch.float64)
     return P
 
-# %% ../../nbs/course/03_oracle.ipynb #fd3a089d
+# %% ../../nbs/course/03_oracle.ipynb #12bd80d7
 def _mean_keeping_matrix(
     sizes:tuple[int, int],  # hidden', hidden
     g:torch.Generator,      # source of randomness
@@ -192,7 +192,7 @@ def _grown_sizes(
             raise ValueError(f'{k}={n} is smaller than the old model\'s {getattr(old, k)}: grow only enlarges')
     return sizes
 
-# %% ../../nbs/course/03_oracle.ipynb #986d30a3
+# %% ../../nbs/course/03_oracle.ipynb #29ca7b5c
 _SIZE_SETTINGS = dict( # size: the settings in which model families keep it
     hidden=('hidden_size', 'word_embed_proj_dim'),
     layers=('num_hidden_layers',),
@@ -200,7 +200,7 @@ _SIZE_SETTINGS = dict( # size: the settings in which model families keep it
     kv_heads=('num_key_value_heads', 'num_kv_heads'),
     intermediate=('intermediate_size', 'ffn_dim', 'n_inner', 'ffn_hidden_size'))
 
-# %% ../../nbs/course/03_oracle.ipynb #bc2bfdfe
+# %% ../../nbs/course/03_oracle.ipynb #cd18c129
 def _grown_config(
     old:Decoder,        # the model to enlarge
     vocab:int,          # new size of the vocabulary
@@ -234,7 +234,7 @@ def _empty_model(
     if wrong: raise ValueError(f'{type(old.model).__name__} cannot have {wrong} together with the other sizes')
     return new
 
-# %% ../../nbs/course/03_oracle.ipynb #61cd0b20
+# %% ../../nbs/course/03_oracle.ipynb #81c2b291
 @dataclass
 class _Growth:
     "A model, its enlargement under construction, and the stretch between their streams"
@@ -271,7 +271,7 @@ def _set_norm(
     if offset is not None and getattr(norm, 'bias', None) is not None:
         norm.bias += (offset - now.offset).to(norm.bias)
 
-# %% ../../nbs/course/03_oracle.ipynb #8f0f8d52
+# %% ../../nbs/course/03_oracle.ipynb #0f9b9445
 def _fill_norm_before(
     growth:_Growth,     # old and new model
     norm:nn.Module,     # of the old stream
@@ -283,14 +283,14 @@ def _fill_norm_before(
     _set_norm(norm2, gain2, gain2*(growth.P@(offset/gain))/growth.rms_ratio)
     return gain, gain2
 
-# %% ../../nbs/course/03_oracle.ipynb #ce8ed8fa
+# %% ../../nbs/course/03_oracle.ipynb #930b3dea
 def _writes_stream(
     role:str, # of a block
 ) -> bool:
     "Does this role write to the residual stream, rather than read it?"
     return ROLE_SPACES[role][1] == 'stream'
 
-# %% ../../nbs/course/03_oracle.ipynb #98a1de4e
+# %% ../../nbs/course/03_oracle.ipynb #53bd7a8d
 def _inner_space(
     role:str, # of a block
 ) -> str: # `heads`, `kv_heads` or `neurons`
@@ -298,7 +298,7 @@ def _inner_space(
     reads, writes = ROLE_SPACES[role]
     return reads if _writes_stream(role) else writes
 
-# %% ../../nbs/course/03_oracle.ipynb #4382a26f
+# %% ../../nbs/course/03_oracle.ipynb #a1612c6f
 def _head_rows(
     heads:Iterable[int],    # numbers of heads
     head_size:int,          # rows per head
@@ -322,7 +322,7 @@ def _row_pairs(
         kv_heads=(_head_rows(filled, head_size), _head_rows(copied, head_size)),
         neurons=(torch.tensor(neurons), torch.arange(len(neurons))))
 
-# %% ../../nbs/course/03_oracle.ipynb #97cdd3f6
+# %% ../../nbs/course/03_oracle.ipynb #df31d808
 def _gain_before(
     decoder:Decoder,    # a model
     layer:int,          # one of its layers
@@ -333,7 +333,7 @@ def _gain_before(
     if name is None: return torch.ones(decoder.hidden, dtype=torch.float64)
     return read_norm(decoder.blocks[layer].get_submodule(name)).gain
 
-# %% ../../nbs/course/03_oracle.ipynb #d445634b
+# %% ../../nbs/course/03_oracle.ipynb #55e7e14e
 def _fill_reader(
     growth:_Growth,                 # old and new model
     block:Block,                    # of the old model
@@ -349,7 +349,7 @@ def _fill_reader(
     outputs2 = growth.new.architecture.rows[role].flatten()
     _weight_view(growth.new.module(l2, role))[outputs2[to]] = W[source]
 
-# %% ../../nbs/course/03_oracle.ipynb #e9fc4383
+# %% ../../nbs/course/03_oracle.ipynb #5b9f23bf
 def _fill_writer(
     growth:_Growth,                 # old and new model
     block:Block,                    # of the old model
@@ -362,7 +362,7 @@ def _fill_writer(
     W = growth.P@block.weight(role, fold=False)
     _weight_view(growth.new.module(l2, role))[:, to] = W[:, source]
 
-# %% ../../nbs/course/03_oracle.ipynb #36715748
+# %% ../../nbs/course/03_oracle.ipynb #c0aca2bc
 def _fill_bias(
     growth:_Growth,                 # old and new model
     l:int,                          # a layer of the old model
@@ -381,7 +381,7 @@ def _fill_bias(
         outputs, outputs2 = (d.architecture.rows[role].flatten() for d in (old, new))
         bias2[outputs2[to]] = bias[outputs[source]]
 
-# %% ../../nbs/course/03_oracle.ipynb #b2cd0549
+# %% ../../nbs/course/03_oracle.ipynb #9f40c869
 def _fill_norm_over_heads(
     growth:_Growth,                 # old and new model
     norm:nn.Module,                 # over all heads of the old model
@@ -399,7 +399,7 @@ def _fill_norm_over_heads(
     gain[to] = read_norm(norm).gain[source]*math.sqrt(len(to)/len(outputs2))
     _set_norm(norm2, gain)
 
-# %% ../../nbs/course/03_oracle.ipynb #d4a2daad
+# %% ../../nbs/course/03_oracle.ipynb #15aa5d3b
 def _fill_norm_after(
     growth:_Growth,                 # old and new model
     l:int,                          # a layer of the old model
@@ -437,7 +437,7 @@ def _fill_block(
     for role in growth.old.architecture.after:
         _fill_norm_after(growth, l, l2, role, pairs[_inner_space(role)])
 
-# %% ../../nbs/course/03_oracle.ipynb #396db3ad
+# %% ../../nbs/course/03_oracle.ipynb #e807f103
 def _fill_idle(
     growth:_Growth, # old and new model
     l2:int,         # a layer of the new model
@@ -464,7 +464,7 @@ def _modules_before_blocks(
     inside = {m for block in decoder.blocks for m in block.modules()}
     return ran - inside
 
-# %% ../../nbs/course/03_oracle.ipynb #4850e41b
+# %% ../../nbs/course/03_oracle.ipynb #b6e63f7e
 def _must_rename(
     decoder:Decoder, # a model
 ) -> bool:
@@ -472,7 +472,7 @@ def _must_rename(
     behind_writers = any(_writes_stream(role) for role in decoder.architecture.after)
     return behind_writers or any(is_norm(m) for m in _modules_before_blocks(decoder))
 
-# %% ../../nbs/course/03_oracle.ipynb #1b9057f3
+# %% ../../nbs/course/03_oracle.ipynb #21b9ff37
 def _fill_embedding(
     growth:_Growth,     # old and new model
     path:str,           # of a part outside the blocks
@@ -492,7 +492,7 @@ def _fill_embedding(
         raise ValueError(f'{path} ({type(part).__name__}) of {old.name} is neither an embedding nor a norm: '
                          'grow does not know how to enlarge it')
 
-# %% ../../nbs/course/03_oracle.ipynb #e77caacb
+# %% ../../nbs/course/03_oracle.ipynb #d1781d91
 def _fill_head(
     growth:_Growth,     # old and new model
     M:Tensor,           # (vocab', vocab) `vocabulary_matrix`
@@ -522,7 +522,7 @@ def _fill_outside(
     if _modules_before_blocks(old) == {embedding}: # Gemma multiplies its embeddings by the root of the width
         new.model.get_input_embeddings().weight *= (M@old.embeddings).norm()/new.embeddings.norm()
 
-# %% ../../nbs/course/03_oracle.ipynb #f7374100
+# %% ../../nbs/course/03_oracle.ipynb #f2369f67
 def _new_ids(
     pieces:list[list[int]], # for each new token, the old tokens that it is made of
 ) -> dict[int, int]: # id of an old token: its id in the new vocabulary
@@ -561,7 +561,7 @@ def _check_kept(
         raise ValueError(f'{old.name} cannot be enlarged so: the logits would change by {off:.0%}. Some families '
                          'compute from their sizes, such as slopes of ALiBi from the number of heads')
 
-# %% ../../nbs/course/03_oracle.ipynb #0e8ac195
+# %% ../../nbs/course/03_oracle.ipynb #0f0e7dc8
 def _draw_places(
     growth:_Growth,     # old and new model
     move_heads:bool,    # give heads new places?

@@ -51,7 +51,7 @@ def _differences(xs, others):
     if len(others) == 1: others = dict.fromkeys(xs, *others.values())
     return [x - others[s] for s, x in xs.items()]
 
-# %% ../../nbs/lab/06_results.ipynb #5b4c61df
+# %% ../../nbs/lab/06_results.ipynb #575b240d
 def paired(
     xs:dict[int, float],    # seed: accuracy of one method
     others:dict[int, float],# of another
@@ -59,7 +59,7 @@ def paired(
     "The difference of two methods on the same seeds; a single run is compared with every seed of the other"
     return interval(_differences(xs, others))
 
-# %% ../../nbs/lab/06_results.ipynb #0a8a4a50
+# %% ../../nbs/lab/06_results.ipynb #0b8ad22f
 QUESTIONS = 320 # in the test split of every task
 
 def unpaired(
@@ -70,7 +70,7 @@ def unpaired(
     "The difference of two single runs; its interval is over the choice of questions"
     return x - other, 1.96*(x*(1-x)/n + other*(1-other)/n)**.5
 
-# %% ../../nbs/lab/06_results.ipynb #5c1172a9
+# %% ../../nbs/lab/06_results.ipynb #c6574930
 def p_value(
     xs:dict[int, float],    # seed: accuracy of one method
     others:dict[int, float],# of another
@@ -85,7 +85,7 @@ def p_value(
     if not spread: return float(mean == 0)
     return float(2*student.sf(abs(mean)*len(found)**.5/spread, len(found) - 1))
 
-# %% ../../nbs/lab/06_results.ipynb #75d01690
+# %% ../../nbs/lab/06_results.ipynb #51f7e067
 def holm(
     ps:dict, # comparison: p-value
 ) -> dict: # comparison: p-value, corrected for the number of comparisons
@@ -96,18 +96,18 @@ def holm(
         corrected[name] = highest
     return {name: corrected[name] for name in ps}
 
-# %% ../../nbs/lab/06_results.ipynb #7f7b0f61
+# %% ../../nbs/lab/06_results.ipynb #8739aa9d
 OPTION_METHODS = {'copy': 'copy', 'carry': 'refitted', 'carry + refresh': 'refitted+refresh',
                   'carry + fine-tune': 'refitted+100', 'retrain': 'lora-all'} # option of the advice: method
 
-# %% ../../nbs/lab/06_results.ipynb #4a471abb
+# %% ../../nbs/lab/06_results.ipynb #50eb0681
 def _calibration_row(signs):
     found = {option: accuracies(signs['hop'], signs['task'], method) for option, method in OPTION_METHODS.items()}
     kept = {option: statistics.mean(xs.values())/signs['old'] for option, xs in found.items() if xs}
     known = {name: x for name, x in signs.items() if name not in ('hop', 'task', 'way', 'split', 'steps', 'lr', 'seed')}
     return dict(upgrade=signs['hop'], task=signs['task']) | known | dict(kept=kept)
 
-# %% ../../nbs/lab/06_results.ipynb #ba809550
+# %% ../../nbs/lab/06_results.ipynb #022ed027
 def write_calibration(
     path:Path=CALIBRATION, # the file; the package's own by default
 ):

@@ -30,7 +30,7 @@ class Search:
     boldest:bool=False                      # of equal settings take the boldest, not the gentlest
     enough:float|None=None                  # longer trainings are left out where a shorter one is as accurate
 
-# %% ../../nbs/lab/03_search.ipynb #76085c1d
+# %% ../../nbs/lab/03_search.ipynb #77521fbf
 def gentleness(
     search:Search,  # that says what a setting consists of
     setting:tuple,  # one of its settings
@@ -53,7 +53,7 @@ def validation_means(
     means = {setting: statistics.mean(accuracies) for setting, accuracies in tried.items()}
     return dict(sorted(means.items(), key=lambda item: gentleness(search, item[0])))
 
-# %% ../../nbs/lab/03_search.ipynb #eb828288
+# %% ../../nbs/lab/03_search.ipynb #1e0f2a3e
 def finalists(
     search:Search,      # that may have a run-off
     rows:list[dict],    # recorded runs
@@ -77,7 +77,7 @@ def best_setting(
     equals = [setting for setting in candidates if means[setting] >= highest - search.equal]
     return equals[-1 if search.boldest else 0]
 
-# %% ../../nbs/lab/03_search.ipynb #53b3c907
+# %% ../../nbs/lab/03_search.ipynb #572e7cfe
 def is_needed(
     search:Search,      # that may leave out longer trainings
     setting:tuple,      # one of its settings
@@ -104,7 +104,7 @@ def try_settings(
     for setting in finalists(search, rows):
         for seed in search.runoff: go('validation', *setting, seed)
 
-# %% ../../nbs/lab/03_search.ipynb #7f9ebc9a
+# %% ../../nbs/lab/03_search.ipynb #6122e80d
 def tune_and_test(
     search:Search,              # how to choose the setting
     go:Callable,                # makes a run, or finds it done: split, the values of a setting, seed
@@ -136,7 +136,7 @@ def grid(
     untrained = [(0, 0.)] if method.few and method.start else []
     return untrained + [(first, lr) for lr in rates] + [(n, RATES[3]) for n in longer]
 
-# %% ../../nbs/lab/03_search.ipynb #514ae4d4
+# %% ../../nbs/lab/03_search.ipynb #b730b0d4
 def method_search(
     name:str,                       # of the method
     method:Method,                  # itself

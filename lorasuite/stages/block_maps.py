@@ -211,6 +211,6 @@ def map_writer(
     role:str,                   # o or down
     write:Tensor,               # (hidden', hidden) write map
 ) -> Tensor: # (hidden', rank)
-    "B of a writer for the new model: through the norm behind the old one and the write map, with the new norm taken out"
+    "B of a writer for the new model: through the old norm behind it and the write map, with the new norm taken out"
     gain, gain2 = norms[f'{role}_gain'], norms[f'{role}_gain2']
     return inverse_gain(gain2)[:, None]*(write@(gain[:, None]*B))

@@ -219,6 +219,7 @@ def in_float32(
     "Updates as an `Adapter` holds them"
     return {path: tuple(t.float().contiguous() for t in ab) for path, ab in updates.items()}
 
+# %% ../../nbs/course/12_transfer.ipynb #076c2a02
 def no_place(
     skipped:dict[str, str], # update: why it cannot be carried
 ) -> ValueError:

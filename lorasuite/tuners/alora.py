@@ -37,6 +37,11 @@ class GatedB(nn.Module):
     def open(self) -> list[int]:
         "Directions whose gates are open"
         return self.gate[0].nonzero()[:, 0].tolist()
+    @torch.no_grad()
+    def open_next(self):
+        "Open the first closed direction, with zero B"
+        j = (self.gate[0] == 0).nonzero()[0, 0]
+        self.full[:, j], self.gate[0, j] = 0, 1
     def forward(self, x:Tensor) -> Tensor: return F.linear(x*self.gate, self.full)
 
 # %% ../../nbs/course/23_alora.ipynb #ae5c0b55
@@ -114,7 +119,7 @@ def reallocate(
     getting = sorted(able, key=mean, reverse=True)[:len(worst)]
     return [(layer, j) for _, layer, j in worst[:len(getting)]], getting
 
-# %% ../../nbs/course/23_alora.ipynb #7984e904
+# %% ../../nbs/course/23_alora.ipynb #94667a35
 def _round_steps(
     steps:int,      # of the training
     phases:tuple,   # parts of it at which moving begins, and ends
@@ -124,7 +129,7 @@ def _round_steps(
     first, last = (min(max(1, round(part*steps)), steps - 1) for part in phases)
     return {first + round(i*(last - first)/max(1, rounds - 1)) for i in range(rounds)}
 
-# %% ../../nbs/course/23_alora.ipynb #a22c0177
+# %% ../../nbs/course/23_alora.ipynb #1e7dbf92
 @torch.no_grad()
 def _add_gates(
     layer:LoraLayer,    # with a plain LoRA
@@ -162,9 +167,7 @@ class ALoRA(TrainerCallback):
         rooms, n = [l.gate.numel() for l in self.gated], round(self.share*sum(self.ranks().values()))
         closing, getting = reallocate(self.ablation.importance(), rooms, n)
         for layer, j in closing: self.gated[layer].gate[0, j] = 0
-        for gated in (self.gated[layer] for layer in getting):
-            j = (gated.gate[0] == 0).nonzero()[0, 0]
-            gated.full[:, j], gated.gate[0, j] = 0, 1
+        for layer in getting: self.gated[layer].open_next()
     def ranks(self) -> dict[str, int]:
         "Directions that each layer has"
         return {path: len(l.open) for path, l in zip(self.layers, self.gated)}

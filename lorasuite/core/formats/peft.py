@@ -8,7 +8,7 @@ __all__ = ['PREFIX', 'READERS', 'split_keys', 'read_lora', 'read_adalora', 'chec
 # %% ../../../nbs/reference/formats.ipynb #bacd50fa
 import os, re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..files import parsing, resolve
 
-# %% ../../../nbs/reference/formats.ipynb #93cddfb5
+# %% ../../../nbs/reference/formats.ipynb #057f0226
 _SETTINGS, _WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 
 # %% ../../../nbs/reference/formats.ipynb #190700bb
@@ -93,8 +93,13 @@ def _token_rows(
     return found
 
 # %% ../../../nbs/reference/formats.ipynb #119282d1
-def _names(sides) -> str: return ' and '.join(f'lora_{s}' for s in sorted(sides))
+def _factor_names(
+    sides:Iterable[str], # `A`, `B`, `E`
+) -> str:
+    "Factors as a message names them"
+    return ' and '.join(f'lora_{s}' for s in sorted(sides))
 
+# %% ../../../nbs/reference/formats.ipynb #955668f8
 def _check_factors(
     path:str,                  # module path
     factors:dict[str, Tensor], # `A`, `B`, and `E` for AdaLoRA
@@ -103,7 +108,7 @@ def _check_factors(
 ):
     "Raise `ValueError` unless all factors are there, multiply, and are finite"
     if factors.keys() != {*sides}:
-        raise ValueError(f'{file}: {path} has {_names(factors)}, but should have {_names(sides)}: '
+        raise ValueError(f'{file}: {path} has {_factor_names(factors)}, but should have {_factor_names(sides)}: '
                          "the file is incomplete or its configuration another's, save the adapter again")
     A, B, E = factors['A'], factors['B'], factors.get('E')
     fit = A.ndim == B.ndim == 2 and len(A) == B.shape[1] and (E is None or E.shape == (len(A), 1))
@@ -113,7 +118,7 @@ def _check_factors(
     if not all(t.isfinite().all() for t in factors.values()):
         raise ValueError(f'{file}: {path} has values that are not finite: the adapter is damaged, save it again')
 
-# %% ../../../nbs/reference/formats.ipynb #8bdfba58
+# %% ../../../nbs/reference/formats.ipynb #32adfb45
 def _group_factors(
     tensors:dict[str, Tensor], # key in the file: tensor
     file:Path,                 # the file, for messages
@@ -159,7 +164,7 @@ def _scale(
     alpha = config.alpha_pattern.get(pattern, config.lora_alpha)
     return alpha/(rank**.5 if config.use_rslora else rank)
 
-# %% ../../../nbs/reference/formats.ipynb #8c7cce8d
+# %% ../../../nbs/reference/formats.ipynb #698d6c9e
 def _with_scale(
     pairs:dict[str, dict],             # as `split_keys` returns them
     scale:Callable[[str, int], float], # of a module path and a rank
@@ -175,7 +180,7 @@ def _with_scale(
         found[path] = pair['A'], B
     return adapter
 
-# %% ../../../nbs/reference/formats.ipynb #c8334747
+# %% ../../../nbs/reference/formats.ipynb #33bf3793
 def read_lora(
     tensors:dict[str, Tensor], # key in the file: tensor
     config:LoraConfig,         # the adapter's settings
@@ -184,7 +189,7 @@ def read_lora(
     "LoRA (Hu et al. 2021): `ΔW = s B A`; raises `ValueError` naming the key or setting that is not understood"
     return _with_scale(split_keys(tensors, file), lambda path, rank: _scale(config, path, rank), file)
 
-# %% ../../../nbs/reference/formats.ipynb #e82c5d9b
+# %% ../../../nbs/reference/formats.ipynb #9ecb7ec0
 def read_adalora(
     tensors:dict[str, Tensor], # key in the file: tensor
     config:AdaLoraConfig,      # the adapter's settings
@@ -194,7 +199,7 @@ def read_adalora(
     def scale(path, rank): return (config.lora_alpha if config.lora_alpha > 0 else rank)/(config.init_r + 1e-5)
     return _with_scale(split_keys(tensors, file, 'ABE'), scale, file)
 
-# %% ../../../nbs/reference/formats.ipynb #fd74d14c
+# %% ../../../nbs/reference/formats.ipynb #ec8cfa68
 READERS = dict(LORA=read_lora, ADALORA=read_adalora) # `peft_type`: its reader
 
 def _kind(
@@ -236,14 +241,14 @@ def _adapter_dir(
             raise FileNotFoundError(f'{name} has no {f}: give the directory of a PEFT adapter saved as safetensors')
     return Path(source)
 
-# %% ../../../nbs/reference/formats.ipynb #28c4a0ce
+# %% ../../../nbs/reference/formats.ipynb #e27d2508
 def _load_tensors(
     file:Path, # of an adapter
 ) -> dict[str, Tensor]:
     "The tensors of a file, floating-point numbers in float32; raises `ValueError` for a damaged file"
     with parsing(file): return {k: t.float() if t.is_floating_point() else t for k, t in load_file(file).items()}
 
-# %% ../../../nbs/reference/formats.ipynb #66532981
+# %% ../../../nbs/reference/formats.ipynb #553a629c
 def read(
     name:str|os.PathLike, # a directory, `zoo/…`, or a Hub id
 ) -> Adapter:
@@ -259,7 +264,7 @@ def read(
     adapter = READERS[_kind(config)](factors, config, file)
     return replace(adapter, base=config.base_model_name_or_path or '', rows=rows, skipped=skipped)
 
-# %% ../../../nbs/reference/formats.ipynb #3dd60279
+# %% ../../../nbs/reference/formats.ipynb #166b3aa8
 def _targets(
     adapter:Adapter, # with a known depth or without
 ) -> list[str]:
@@ -269,7 +274,7 @@ def _targets(
     everywhere = {name for name, n in count.items() if n == adapter.layers}
     return sorted({leaf(p) if leaf(p) in everywhere else p for p in adapter.updates | adapter.embeddings})
 
-# %% ../../../nbs/reference/formats.ipynb #d806866a
+# %% ../../../nbs/reference/formats.ipynb #e7d7e614
 def adapter_config(
     adapter:Adapter, # what is to be written
 ) -> LoraConfig:
@@ -282,7 +287,7 @@ def adapter_config(
                       task_type='CAUSAL_LM', inference_mode=True, target_modules=_targets(adapter),
                       base_model_name_or_path=adapter.base, trainable_token_indices=tokens or None)
 
-# %% ../../../nbs/reference/formats.ipynb #583abbd1
+# %% ../../../nbs/reference/formats.ipynb #ada33cf4
 def _adapter_tensors(
     adapter:Adapter, # what is to be written
 ) -> dict[str, Tensor]: # key: tensor
@@ -293,7 +298,7 @@ def _adapter_tensors(
     rows = {f'{PREFIX}{p}{_ROWS}': rows.contiguous().clone() for p, (_, rows) in adapter.rows.items()}
     return tensors | rows
 
-# %% ../../../nbs/reference/formats.ipynb #939ae7d1
+# %% ../../../nbs/reference/formats.ipynb #b2e7a0ce
 def write(
     adapter:Adapter, # what is to be written
     folder:Path,     # an empty directory
