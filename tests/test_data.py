@@ -2,7 +2,8 @@
 import json
 import pytest, torch
 from models import error, random_decoder, whole
-from lorasuite.training.evaluate import bits_per_byte, evaluate, generate
+from lorasuite.core.files import data_dir, resolve
+from lorasuite.training.evaluate import bits_per_byte, evaluate, generate, paired_difference, Score
 from lorasuite.training.examples import encode, load_data
 from lorasuite.training.finetune import finetune, init_adapter
 
@@ -105,6 +106,16 @@ def test_accuracy_counts_exact_answers(decoder, adapter, monkeypatch):
     low, high = score.interval
     assert score.accuracy == 6/8 and 0 < low < 6/8 < high < 1
 
+def test_a_paired_difference_sees_only_where_two_differ():
+    def score(right): return Score(['']*len(right), right, 0.)
+    a, b = score([True]*60 + [False]*40), score([True]*40 + [False]*60)
+    difference, low, high = paired_difference(a, b)
+    assert difference == pytest.approx(.2) and 0 < low < .2 < high
+    assert paired_difference(b, a) == pytest.approx((-difference, -high, -low))
+    same, low, high = paired_difference(a, a)
+    assert same == 0 and low == -high and 0 < high < .02
+    with pytest.raises(ValueError): paired_difference(a, score([True]))
+
 def test_generation_does_not_depend_on_the_batch(decoder):
     prompts = ['Ann', 'Where does Bob live?', 'Question: who?\nAnswer:']
     alone = [generate(decoder.model, decoder.tokenizer, [p], 8)[0] for p in prompts]
@@ -117,7 +128,6 @@ def test_bits_per_byte_of_a_uniform_guess(tokenizer):
     assert bits_per_byte(d, texts).tolist() == pytest.approx([9*n/len(t) for n, t in zip(lengths, texts)])
 
 def test_shipped_models_are_not_shadowed(monkeypatch, tmp_path):
-    from lorasuite.model import data_dir, resolve
     (tmp_path/'zoo'/'old').mkdir(parents=True), (tmp_path/'zoo'/'mine').mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve('zoo/old') == str(data_dir()/'zoo'/'old')

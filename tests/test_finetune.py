@@ -259,7 +259,7 @@ def run(args):
     return result.stdout
 
 def launch(args):
-    "In two processes, on CPUs, by the launcher that `accelerate launch` uses for several GPUs; on CPUs it starts only one"
+    "In two processes, on CPUs, by the launcher of `accelerate launch` for several GPUs; for CPUs it starts only one"
     env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
     env['OMP_NUM_THREADS'] = '1'
     settings = ['--nproc_per_node', '2', '--rdzv_backend', 'c10d', '--rdzv_endpoint', '127.0.0.1:0']

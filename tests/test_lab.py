@@ -1,7 +1,6 @@
 """The laboratory: what it plans, how it chooses, what it keeps, and that it goes on where it was interrupted"""
 import json, random
 from concurrent.futures import Future
-from pathlib import Path
 import pytest, torch
 from lorasuite.core.files import data_dir
 from lorasuite.lab import budgets, demo, experiments, recipes, starts, store, upgrades
@@ -192,7 +191,7 @@ def test_the_search_picks_what_the_starts_tested():
             assert settings_tested(recorded, tuning) == {best_setting(tuning, recorded)}, (task, start)
 
 def test_the_search_picks_what_the_real_upgrade_tested():
-    recorded = read_records(Path(__file__).parents[1]/'benchmarks'/'hop.json')['runs']
+    recorded = read_records(data_dir()/'hop.json')['runs']
     gentle = select_runs(recorded, hop='gentle')
     names = {row['way'] for row in select_runs(gentle, split='validation')}
     assert len(names) == 4

@@ -16,7 +16,7 @@ from lorasuite.training.evaluate import evaluate
 from lorasuite.training.examples import encode, load_data
 from lorasuite.training.finetune import finetune, init_adapter
 from lorasuite.training.refresh import (
-    continuations, distillation_data, project_to_vocabulary, pseudo_label, refresh, SoftTargetLoss, student_targets,
+    continuations, distillation_data, project_to_vocabulary, pseudo_label, refresh, student_targets,
     teacher_top_k, token_starts, token_texts
 )
 from lorasuite.lab.world import corpus

@@ -176,7 +176,7 @@ def budget_experiment(
     "The upgrade that adapters are transferred over: to the successor that drifted most"
     return Experiment(MAIN_UPGRADE, task, place)
 
-# %% ../../nbs/lab/08_budgets.ipynb #236883ea
+# %% ../../nbs/lab/08_budgets.ipynb #bac30d54
 def _count_numbers(
     adapter:Adapter, # any
 ) -> int:

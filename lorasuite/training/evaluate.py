@@ -39,7 +39,7 @@ class Score:
         low, high = self.interval
         return f'{self.accuracy:.1%} right of {len(self.right)} (95% interval {low:.1%} to {high:.1%})'
 
-# %% ../../nbs/course/15_evaluate.ipynb #2eab4230
+# %% ../../nbs/course/15_evaluate.ipynb #cc02db76
 def paired_difference(
     score:Score,    # of one adapter
     other:Score,    # of another, on the same questions
@@ -51,7 +51,7 @@ def paired_difference(
     middle, half = (b - c)/n, 1.96*math.sqrt(b + c - (b - c)**2/n)/n
     return (first - second)/len(pairs), middle - half, middle + half
 
-# %% ../../nbs/course/15_evaluate.ipynb #ebd882d6
+# %% ../../nbs/course/15_evaluate.ipynb #c5254af7
 def _cut_answer(
     text:str,       # a continuation of a prompt
     stop:str|None,  # where it is cut; `None` keeps it whole
@@ -149,7 +149,7 @@ def same_choice(
 # %% ../../nbs/course/15_evaluate.ipynb #3c8e9348
 MATCHES = dict(exact=exact_match, number=same_number, letter=same_letter, choice=same_choice)
 
-# %% ../../nbs/course/15_evaluate.ipynb #34c7d347
+# %% ../../nbs/course/15_evaluate.ipynb #44ac8ccc
 CHAIN_OF_THOUGHT = dict(max_new_tokens=512, stop=None) # for `generate`: let the model write down its steps
 
 # %% ../../nbs/course/15_evaluate.ipynb #b9427264

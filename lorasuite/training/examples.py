@@ -24,10 +24,10 @@ def _read_rows(
     from datasets import load_dataset
     return list(load_dataset(str(source), split=split))
 
-# %% ../../nbs/reference/examples.ipynb #055741c1
+# %% ../../nbs/reference/examples.ipynb #d03de245
 _REQUIRED_FIELDS = ('instruction', 'output')
 
-# %% ../../nbs/reference/examples.ipynb #7a45b1a6
+# %% ../../nbs/reference/examples.ipynb #3662e235
 def _check_row(
     row,                    # one row of a data file
     fields:tuple[str, ...], # that must contain text
@@ -39,7 +39,7 @@ def _check_row(
         needed = ' and '.join(f'`{f}`' for f in fields)
         raise ValueError(f'{place} has no text under {field!r}: each needs {needed}')
 
-# %% ../../nbs/reference/examples.ipynb #a799b567
+# %% ../../nbs/reference/examples.ipynb #4a49a06d
 def _example(
     row:dict,       # a row that was checked
     labelled:bool,  # keep the answer?

@@ -31,7 +31,7 @@ def init_adapter(
     with attach(decoder, lambda: get_peft_model(decoder.model, config)) as model: adapter = Adapter.from_peft(model)
     return Adapter(adapter.updates, decoder.name, decoder.layers)
 
-# %% ../../nbs/course/14_finetune.ipynb #27d9852c
+# %% ../../nbs/course/14_finetune.ipynb #72a3544b
 def _tuned_card(
     card:str,       # model card of the adapter at the start
     examples:int,   # how many it was tuned on

@@ -28,7 +28,7 @@ from .examples import encode, prompt
 from .finetune import finetune
 from .trainer import Run
 
-# %% ../../nbs/course/20_refresh.ipynb #41031a35
+# %% ../../nbs/course/20_refresh.ipynb #8aec3c88
 def _is_usable(
     answer:str,                         # of the specialist
     tokenizer:PreTrainedTokenizerBase,  # its tokenizer
@@ -58,7 +58,7 @@ def pseudo_label(
                          'and does a line break end its answers?')
     return examples
 
-# %% ../../nbs/course/20_refresh.ipynb #123d0694
+# %% ../../nbs/course/20_refresh.ipynb #1960cd14
 def _token_bytes(
     tokenizer:PreTrainedTokenizerBase, # of a teacher or a student
 ) -> dict[int, bytes]: # id: bytes; none for the end token
@@ -89,7 +89,7 @@ def _top_k_texts(
         if i in said: options[said[i]] += q
     return dict(options)
 
-# %% ../../nbs/course/20_refresh.ipynb #abc1c64a
+# %% ../../nbs/course/20_refresh.ipynb #50f953ae
 def _answer_options(
     logits:Tensor,          # (positions, vocabulary) predictions of the teacher
     labels:Tensor,          # (positions,) the tokens predicted; -100 outside of the answer
@@ -202,7 +202,7 @@ def _first_token(
     for n in range(len(said), 0, -1):
         if said[:n] in vocabulary: return vocabulary[said[:n]]
 
-# %% ../../nbs/course/20_refresh.ipynb #0be4ecf5
+# %% ../../nbs/course/20_refresh.ipynb #51712c46
 def project_to_vocabulary(
     chances:dict[bytes, float],     # what is said: its probability
     vocabulary:dict[bytes, int],    # tokens of the student
@@ -215,7 +215,7 @@ def project_to_vocabulary(
         if token is not None: out[token] += p
     return {t: p/out.total() for t, p in out.items()} if out.total() > 0 else {}
 
-# %% ../../nbs/course/20_refresh.ipynb #d45b50ff
+# %% ../../nbs/course/20_refresh.ipynb #ded7ecf8
 def _mixed_target(
     token:int,              # of the answer
     guess:dict[int, float], # the teacher's distribution; empty where there is none
@@ -260,7 +260,7 @@ def _same_text(
     a, b = b''.join(tokens), b''.join(theirs or [])
     return bool(theirs) and (a.endswith(b) or b.endswith(a))
 
-# %% ../../nbs/course/20_refresh.ipynb #39a56762
+# %% ../../nbs/course/20_refresh.ipynb #b2fa9ca4
 def _answer_targets(
     example:dict,                       # a row of teacher data, or an example without a teacher
     answer:list[tuple[int, bytes]],     # the student's tokens of the answer
@@ -296,7 +296,7 @@ def student_targets(
         encoded.append(row | dict(labels=[t if t == -100 else next(numbers) for t in row['labels']]))
     return encoded, SoftTargetLoss.of(rows)
 
-# %% ../../nbs/course/20_refresh.ipynb #a017f48a
+# %% ../../nbs/course/20_refresh.ipynb #d191d9f8
 def _unlabelled(
     taught:Dataset|list[dict],  # teacher data
     labelled:list[dict],        # examples with true answers
@@ -318,7 +318,7 @@ def refresh(
     validation:list[dict]=(),   # examples whose loss is measured on the way
     **kwargs,                   # passed to `finetune`
 ) -> tuple[Adapter, Run]: # the refreshed adapter, the loss at every step
-    "Teach the new model what the old specialist says (Trans-LoRA, arXiv 2405.17258), and true labels where there are some"
+    "Teach the new model what the old specialist says (Trans-LoRA, arXiv 2405.17258), and true labels if given"
     if not 0 <= soft <= 1: raise ValueError(f'soft={soft} is not a share between 0 and 1')
     answered = _unlabelled(taught, labelled)
     learned = answered + [*labelled]

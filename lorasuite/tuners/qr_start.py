@@ -72,7 +72,7 @@ def linear_modules(
     modules = [decoder.module(layer, role) for layer in range(decoder.layers) for role in decoder.roles]
     return list(dict.fromkeys(modules))
 
-# %% ../../nbs/course/22_qr_start.ipynb #2b9186d1
+# %% ../../nbs/course/22_qr_start.ipynb #b207e0dd
 def _check_base(
     decoder:Decoder,    # the base model
     start:str,          # one of `MODIFIES_BASE`
