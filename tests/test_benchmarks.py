@@ -134,8 +134,8 @@ def test_command_counts_numbers(tmp_path, old, specialist):
 
 LAST_NUMBERS = [
     ('The answer is 1,234.', 1234), ('1,234.0', 1234), ('-5', -5), ('from 10-5', 5), ('3 - 7 = -4', -4),
-    ('$2.50!', 2.5), ('3/4 of it', .75), ('40%', 40), ('.5', .5), ('1/0', 1), ('12,34', 34), ('12, 13', 13), ('[22.0]', 22),
-    ('in 2 steps:\n\n7\n', 7), ('10,000,000', 10**7)]
+    ('$2.50!', 2.5), ('3/4 of it', .75), ('40%', 40), ('.5', .5), ('1/0', 1), ('12,34', 34), ('12, 13', 13),
+    ('[22.0]', 22), ('in 2 steps:\n\n7\n', 7), ('10,000,000', 10**7)]
 
 @pytest.mark.parametrize('text, value', LAST_NUMBERS)
 def test_last_number(text, value): assert last_number(text) == pytest.approx(value)
