@@ -154,7 +154,7 @@ def recorded_result(
         len(draw_examples(experiment, DEMO_METHODS[name].labels, 0)), first['trained'],
         f"precomputed: {first['steps']} steps at {first['lr']:g}")
 
-# %% ../../nbs/course/16_demo.ipynb #1a016cf6
+# %% ../../nbs/course/16_demo.ipynb #b2e04148
 def demo_result(
     experiment:Experiment,  # an upgrade with the questions
     name:str,               # one of `DEMO_METHODS`
@@ -203,7 +203,8 @@ def _table_row(
     "A line of the table; a single run has no spread"
     spread = f'± {result.spread:4.1%}' if len(result.accuracies) > 1 else ''
     numbers = f'{gain_share(done, result.method):12.0%} {result.labelled_examples:7,} {result.trainable_parameters:8,}'
-    return f'{result.method:15} {result.accuracy:8.1%} {spread:6} {numbers} {result.seconds:8.1f}  {result.note}'.rstrip()
+    head = f'{result.method:15} {result.accuracy:8.1%} {spread:6}'
+    return f'{head} {numbers} {result.seconds:8.1f}  {result.note}'.rstrip()
 
 def results_table(
     done:list[MethodResult], # of one upgrade

@@ -27,11 +27,12 @@ from .upgrades import base_model, specialist, UPGRADES
 # %% ../../nbs/lab/05_experiments.ipynb #c10e5334
 EXPERIMENTS = [(upgrade, task) for upgrade in UPGRADES for task in ('labels', 'sums')]
 
-# %% ../../nbs/lab/05_experiments.ipynb #30cb383a
+# %% ../../nbs/lab/05_experiments.ipynb #c2166bb3
 MAIN_UPGRADE = 'far' # with all comparisons and curves
 TUNED_UPGRADES = (MAIN_UPGRADE, 'stranger', 'new') # they have settings of their own
-UNTUNED_UPGRADES = ('sibling', 'back', 'far_back', 'strange_back') # they take over settings; on the rest nothing is trained
-SETTINGS_FROM = {upgrade: MAIN_UPGRADE for upgrade in UPGRADES if upgrade != MAIN_UPGRADE} | {'strange_back': 'stranger'}
+UNTUNED_UPGRADES = ('sibling', 'back', 'far_back', 'strange_back') # they take over; on the rest nothing is trained
+SETTINGS_FROM = {upgrade: MAIN_UPGRADE for upgrade in UPGRADES if upgrade != MAIN_UPGRADE} # upgrade: whose settings
+SETTINGS_FROM['strange_back'] = 'stranger'
 TUNED_ON = dict.fromkeys(('lora-all', 'refresh'), (MAIN_UPGRADE,)) # methods: the only upgrades that tune them
 RUN_ON = dict( # methods: the only upgrades that run them
     specialists=(MAIN_UPGRADE, 'new'),
@@ -56,7 +57,7 @@ def lengthened(
     longer = [(steps, RATES[3]) for steps in STEPS if steps > setting[0]]
     return [setting, *longer] if longer else []
 
-# %% ../../nbs/lab/05_experiments.ipynb #5d50f980
+# %% ../../nbs/lab/05_experiments.ipynb #4c427770
 def settings_to_try(
     upgrade:str,        # one of `UPGRADES`
     name:str,           # of a method
@@ -68,7 +69,7 @@ def settings_to_try(
     if method.few: return []
     return lengthened(best_setting(method_search(name, method), others))
 
-# %% ../../nbs/lab/05_experiments.ipynb #62b47c25
+# %% ../../nbs/lab/05_experiments.ipynb #469d6ef9
 def plan_untrained(
     experiment:Experiment,  # an upgrade with a task
     do:Callable,            # makes a run, or finds it done: name, method, split, steps, lr, seed
@@ -80,7 +81,7 @@ def plan_untrained(
     if name == 'copy' and not experiment.copies: return
     for seed in SEEDS if name in RANDOM_STARTS else [0]: do(name, method, 'test', 0, 0., seed)
 
-# %% ../../nbs/lab/05_experiments.ipynb #ecd44acf
+# %% ../../nbs/lab/05_experiments.ipynb #adab856d
 def plan_trained(
     experiment:Experiment,  # an upgrade with a task
     do:Callable,            # makes a run, or finds it done: name, method, split, steps, lr, seed
@@ -110,7 +111,7 @@ def curve_methods(
             methods.append((f'{name}-{n}', Method(METHODS[name].start, teacher=True, inputs=n), neighbour))
     return methods
 
-# %% ../../nbs/lab/05_experiments.ipynb #3bac0dad
+# %% ../../nbs/lab/05_experiments.ipynb #41b42c1c
 def plan_curves(
     experiment:Experiment,  # an upgrade with a task
     do:Callable,            # makes a run, or finds it done: name, method, split, steps, lr, seed
@@ -158,7 +159,7 @@ def record_experiment(
     def do(name, method, *how): log.add((name, *how), lambda: run_and_score(experiment, name, method, *how))
     plan(experiment, do, log.rows)
 
-# %% ../../nbs/lab/05_experiments.ipynb #dec549de
+# %% ../../nbs/lab/05_experiments.ipynb #f902f625
 def experiment_file(
     place:Path,     # where the laboratory keeps models and runs
     upgrade:str,    # one of `UPGRADES`
@@ -200,7 +201,7 @@ def make_part(
     "Make something that another process will read, and return nothing"
     make(*what)
 
-# %% ../../nbs/lab/05_experiments.ipynb #7177298f
+# %% ../../nbs/lab/05_experiments.ipynb #8cc6f679
 @contextmanager
 def worker_pool(
     workers:int, # processes, with one thread each
@@ -211,7 +212,7 @@ def worker_pool(
         try: yield pool
         finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/lab/05_experiments.ipynb #b5d775a0
+# %% ../../nbs/lab/05_experiments.ipynb #b279e49c
 def run_all(
     pool:ProcessPoolExecutor,   # that does the work
     place:Path,                 # where the laboratory keeps models and runs

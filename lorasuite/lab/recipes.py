@@ -64,7 +64,7 @@ START_ADAPTERS = dict(
 ALIGNED_STARTS = ('rescaled', 'random', 'carried', 'specialists', 'refitted') # they need our alignment
 RANDOM_STARTS = ('random', 'specialists') # they depend on the seed
 
-# %% ../../nbs/lab/02_recipes.ipynb #576f8de7
+# %% ../../nbs/lab/02_recipes.ipynb #5f1be9a9
 METHODS = {'base': Method()} | {start: Method(start) for start in START_ADAPTERS} | {
     'lora-100': Method(labels=100),
     'paper+100': Method('paper', 100),
@@ -75,7 +75,7 @@ METHODS = {'base': Method()} | {start: Method(start) for start in START_ADAPTERS
     'lora-all': Method(labels=None),
     'refitted+all': Method('refitted', None)}
 
-# %% ../../nbs/lab/02_recipes.ipynb #225bf951
+# %% ../../nbs/lab/02_recipes.ipynb #1efa9a1b
 @dataclass(eq=False)
 class Timed:
     "Something that notes how long its parts took to make"
@@ -91,7 +91,7 @@ class Timed:
         self.seconds[name] = time.perf_counter() - begin
         return result
 
-# %% ../../nbs/lab/02_recipes.ipynb #908e2665
+# %% ../../nbs/lab/02_recipes.ipynb #d3b10b47
 def _splits(
     task:str, # one of `TASKS`
 ) -> dict[str, list[dict]]: # split: examples
@@ -141,7 +141,7 @@ class Experiment(Timed):
         "How far the weights moved; None for unrelated models"
         return upgrade_drift(self.upgrade, self.place)
 
-# %% ../../nbs/lab/02_recipes.ipynb #d4f24bd7
+# %% ../../nbs/lab/02_recipes.ipynb #b9da46eb
 @cache
 def start_adapter(
     experiment:Experiment,  # an upgrade with a task
@@ -153,7 +153,7 @@ def start_adapter(
     if name is None: return None
     return experiment.timed(name, lambda: START_ADAPTERS[name](experiment, seed))
 
-# %% ../../nbs/lab/02_recipes.ipynb #4e2a966f
+# %% ../../nbs/lab/02_recipes.ipynb #ee3fbda2
 def preparation_seconds(
     experiment:Experiment,  # whose parts were made
     method:Method,          # that was prepared
@@ -164,7 +164,7 @@ def preparation_seconds(
     if method.teacher: needed.append('teacher data')
     return sum(experiment.seconds[part] for part in needed)
 
-# %% ../../nbs/lab/02_recipes.ipynb #5bae5256
+# %% ../../nbs/lab/02_recipes.ipynb #fb17b7bb
 def draw_examples(
     experiment:Experiment,  # an upgrade with a task
     n:int|None,             # how many; None for all
@@ -174,7 +174,7 @@ def draw_examples(
     rows = experiment.data['train']
     return rows if n is None else random.Random(seed).sample(rows, n)
 
-# %% ../../nbs/lab/02_recipes.ipynb #8cbca728
+# %% ../../nbs/lab/02_recipes.ipynb #a22bb6ea
 def draw_teacher_data(
     experiment:Experiment,  # an upgrade with a task
     n:int|None,             # how many; None for all

@@ -30,7 +30,7 @@ class Search:
     boldest:bool=False                      # of equal settings take the boldest, not the gentlest
     enough:float|None=None                  # longer trainings are left out where a shorter one is as accurate
 
-# %% ../../nbs/lab/03_search.ipynb #77521fbf
+# %% ../../nbs/lab/03_search.ipynb #80d01441
 def gentleness(
     search:Search,  # that says what a setting consists of
     setting:tuple,  # one of its settings
@@ -53,7 +53,7 @@ def validation_means(
     means = {setting: statistics.mean(accuracies) for setting, accuracies in tried.items()}
     return dict(sorted(means.items(), key=lambda item: gentleness(search, item[0])))
 
-# %% ../../nbs/lab/03_search.ipynb #1e0f2a3e
+# %% ../../nbs/lab/03_search.ipynb #3accf556
 def finalists(
     search:Search,      # that may have a run-off
     rows:list[dict],    # recorded runs
@@ -77,7 +77,7 @@ def best_setting(
     equals = [setting for setting in candidates if means[setting] >= highest - search.equal]
     return equals[-1 if search.boldest else 0]
 
-# %% ../../nbs/lab/03_search.ipynb #572e7cfe
+# %% ../../nbs/lab/03_search.ipynb #24d8eec0
 def is_needed(
     search:Search,      # that may leave out longer trainings
     setting:tuple,      # one of its settings
@@ -104,7 +104,7 @@ def try_settings(
     for setting in finalists(search, rows):
         for seed in search.runoff: go('validation', *setting, seed)
 
-# %% ../../nbs/lab/03_search.ipynb #6122e80d
+# %% ../../nbs/lab/03_search.ipynb #58f04418
 def tune_and_test(
     search:Search,              # how to choose the setting
     go:Callable,                # makes a run, or finds it done: split, the values of a setting, seed
@@ -136,7 +136,7 @@ def grid(
     untrained = [(0, 0.)] if method.few and method.start else []
     return untrained + [(first, lr) for lr in rates] + [(n, RATES[3]) for n in longer]
 
-# %% ../../nbs/lab/03_search.ipynb #b730b0d4
+# %% ../../nbs/lab/03_search.ipynb #4c33856c
 def method_search(
     name:str,                       # of the method
     method:Method,                  # itself

@@ -54,7 +54,7 @@ def start_run(
     losses = [round(x, 3) for x in run] if split == 'test' else []
     return row | dict(accuracy=accuracy, seconds=round(run.seconds, 2), losses=losses), adapter
 
-# %% ../../nbs/lab/09_starts.ipynb #4d5dc058
+# %% ../../nbs/lab/09_starts.ipynb #0d9ef41d
 START_RECORDS = data_dir()/'olora.jsonl' # where the runs of `record_starts` are kept
 
 # %% ../../nbs/lab/09_starts.ipynb #1c764ba7

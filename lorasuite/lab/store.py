@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from ..core.files import data_dir, read_json, read_utf8, writing
 
-# %% ../../nbs/lab/04_store.ipynb #e9fd5e1c
+# %% ../../nbs/lab/04_store.ipynb #0e6c78f5
 PACKAGES = ('torch', 'transformers', 'peft', 'lorasuite')
 
 def provenance(
@@ -21,7 +21,7 @@ def provenance(
     "What makes the runs of a record"
     return dict(command=command, versions={package: version(package) for package in PACKAGES}, cores=os.cpu_count())
 
-# %% ../../nbs/lab/04_store.ipynb #4b758131
+# %% ../../nbs/lab/04_store.ipynb #d24116ea
 def read_records(
     file:Path, # `.json`: one object; otherwise JSON lines, the first of which may say what made them
 ) -> dict: # `runs`; `command`, `versions` and `cores` where the file says them
@@ -34,7 +34,7 @@ def read_records(
 # %% ../../nbs/lab/04_store.ipynb #9000108a
 RESULTS = data_dir()/'lab.json' # what `make experiments` found
 
-# %% ../../nbs/lab/04_store.ipynb #cbf349bc
+# %% ../../nbs/lab/04_store.ipynb #a79cf57e
 def select_runs(
     rows:Iterable[dict], # runs
     **columns,           # columns with the value that a run must have there

@@ -49,7 +49,7 @@ def base_model(
     def make(): return pretrain(enlarged_base(), steps, 1e-3, seed=5, news=.5) if steps else enlarged_base()
     return load_or_make(place/name, make)
 
-# %% ../../nbs/lab/01_upgrades.ipynb #9a1906e8
+# %% ../../nbs/lab/01_upgrades.ipynb #00788dba
 def parameter_count(
     decoder:Decoder, # a model
 ) -> int:
@@ -67,7 +67,7 @@ def weight_change(
     moved = sum((after - before).pow(2).sum() for before, after in pairs)
     return (moved/sum(before.pow(2).sum() for before, _ in pairs)).sqrt().item()
 
-# %% ../../nbs/lab/01_upgrades.ipynb #1b73f183
+# %% ../../nbs/lab/01_upgrades.ipynb #a27287ba
 def upgrade_drift(
     upgrade:str,    # one of `UPGRADES`
     place:Path,     # where the laboratory keeps its models
