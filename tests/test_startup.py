@@ -9,7 +9,7 @@ import lorasuite
 from lorasuite import cli
 from lorasuite.core.architecture import ROLES
 from lorasuite.core.files import data_dir
-from lorasuite.stages.alignment import METHODS
+from lorasuite.stages.alignment import ALIGN_METHODS
 from lorasuite.training.evaluate import MATCHES
 from lorasuite.training.refresh import SOFT_WEIGHT
 from transformers import SchedulerType
@@ -102,7 +102,7 @@ def parameter(name, option):
     return next(p for p in typer.main.get_command(cli.app).commands[name].params if p.name == option)
 
 def test_help_agrees_with_the_modules():
-    for name in ('align', 'upgrade'): assert parameter(name, 'method').help == f'one of: {", ".join(METHODS)}'
+    for name in ('align', 'upgrade'): assert parameter(name, 'method').help == f'one of: {", ".join(ALIGN_METHODS)}'
     assert f'all of {",".join(ROLES)} by default' in parameter('finetune', 'roles').help
     schedule = parameter('finetune', 'schedule')
     assert schedule.help == f'how the learning rate falls: {", ".join(s.value for s in SchedulerType)}'
