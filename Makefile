@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETTINGS := settings.ini setup.py constraints.txt
 
 demo: .venv/library
-	$(BIN)/lorasuite demo
+	OMP_NUM_THREADS=1 $(BIN)/lorasuite demo
 
 test: export HF_HUB_OFFLINE = 1
 test: .venv/dev

@@ -376,9 +376,9 @@ def test_existing_output_is_left_alone(adapter, tmp_path):
 @pytest.mark.parametrize('what', ['adapter', 'alignment'])
 def test_nothing_is_left_of_a_failed_save(adapter, decoder, tmp_path, monkeypatch, what):
     result = adapter if what == 'adapter' else align(decoder, decoder)
-    writer = 'lorasuite.core.formats.peft' if what == 'adapter' else type(result).__module__
+    writer = dict(adapter='lorasuite.core.formats.peft', alignment='lorasuite.stages.alignment_files')[what]
     def full(*args, **kwargs): raise OSError('No space left on device')
-    monkeypatch.setattr(sys.modules[writer], 'save_file', full)
+    monkeypatch.setattr(f'{writer}.save_file', full)
     with pytest.raises(OSError, match='No space left'): result.save(tmp_path/'deep'/'out')
     assert [*(tmp_path/'deep').iterdir()] == []
 

@@ -62,6 +62,30 @@ def test_floors(path):
     room = path.relative_to(LIBRARY).parts[0]
     assert not rooms(imports(ast.parse(source(path)), path)) & FORBIDDEN[room]
 
+def test_only_the_command_stands_beside_the_rooms():
+    assert {p.name for p in MODULES if p.parent == LIBRARY} == {'__init__.py', 'cli.py'}
+    assert {p.name for p in LIBRARY.iterdir() if (p/'__init__.py').is_file()} == {*FORBIDDEN}
+
+def roundabout(tree):
+    "Ways to a module of ours that are no import statement: names in strings for `import_module`, attributes of lorasuite"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'lorasuite':
+            if not node.attr.startswith('__'): yield f'lorasuite.{node.attr}'
+        if not isinstance(node, ast.Call): continue
+        name = getattr(node.func, 'id', getattr(node.func, 'attr', ''))
+        if name not in ('import_module', '__import__'): continue
+        yield from (n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+
+@pytest.mark.parametrize('path', [p for p in MODULES if p.parent != LIBRARY], ids=label)
+def test_nobody_goes_round_the_floors(path):
+    "`core.formats` is the one that finds modules by name: those of its own folder"
+    named = {name for name in roundabout(ast.parse(source(path))) if name.startswith('lorasuite')}
+    assert named <= {'lorasuite.core.formats.', 'lorasuite.core.formats'}
+
+def test_ways_round_are_seen():
+    for statement in ("importlib.import_module('lorasuite.lab.zoo')", "import lorasuite\nlorasuite.finetune"):
+        assert any(name.startswith('lorasuite.') for name in roundabout(ast.parse(statement))), statement
+
 def test_the_floors_are_told_apart():
     "The check itself: relative, absolute and lazy imports are all seen"
     path = LIBRARY/'core'/'model.py'
@@ -86,7 +110,8 @@ def test_nothing_draws_before_it_must(path):
 
 def test_files_need_no_torch():
     names = imports(ast.parse(source(LIBRARY/'core'/'files.py')), LIBRARY/'core'/'files.py')
-    assert 'torch' not in {name.split('.')[0] for name in names}
+    assert not {name.split('.')[0] for name in names} & {'torch', 'transformers', 'peft'}
+    assert rooms(names) == set()
 
 def test_the_package_alone_loads_nothing_heavy():
     code = 'import sys, lorasuite; print(sorted({"torch", "transformers", "matplotlib"} & sys.modules.keys()))'

@@ -50,6 +50,17 @@ def head_faults(path, cells):
     elif cells[place].source.strip() != badge(path): yield 'has the "Open in Colab" of another notebook'
     elif not is_install(cells[place + 1]): yield 'does not install the library right after "Open in Colab"'
 
+def link_faults(path, cells):
+    "Which of the pages that explain words and symbols a notebook does not lead to"
+    text = '\n'.join(cell.source for cell in cells if cell.cell_type == 'markdown')
+    folder = path.parent.name
+    needed = ['glossary'] if folder in ('course', 'lab') else []
+    if folder == 'course' and path.name[:2] not in PROSE_ONLY: needed.append('notation')
+    for name in needed:
+        if f'{name}.ipynb' not in text: yield f'does not lead to the {name}'
+
+PROSE_ONLY = '00', '01', '16' # parts of the course without formulas
+
 def definitions(cell):
     "The public functions and classes that a code cell defines"
     nodes = [node for node in parse_code(cell) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
@@ -80,6 +91,7 @@ def faults(path):
     code = [cell for cell in cells if cell.cell_type == 'code']
     if not is_clean(path): yield 'is not clean'
     yield from head_faults(path, cells)
+    yield from link_faults(path, cells)
     for cell in code: yield from code_faults(cell)
     yield from output_faults(path, code)
     for source, n in Counter(cell.source for cell in code if '\n' in cell.source).items():

@@ -26,7 +26,8 @@ from .model import Decoder
 # %% ../../nbs/course/02_adapter.ipynb #a4bf7f80
 def format_names() -> list[str]: # `peft` and what else there is
     "The formats in which adapters can be read and written: the modules of `lorasuite.core.formats`"
-    return sorted(module.name for module in pkgutil.iter_modules(formats.__path__))
+    names = [module.name for module in pkgutil.iter_modules(formats.__path__)]
+    return sorted(name for name in names if not name.startswith('_'))
 
 # %% ../../nbs/course/02_adapter.ipynb #7621379c
 def find_format(
@@ -36,6 +37,17 @@ def find_format(
     if name not in format_names():
         raise ValueError(f'there is no format {name!r} for adapters: give one of {", ".join(format_names())}')
     return import_module(f'{formats.__name__}.{name}')
+
+# %% ../../nbs/course/02_adapter.ipynb #14687fbe
+def _format_function(
+    name:str,   # of a format
+    what:str,   # `read` or `write`
+) -> Callable: # `read(name) -> Adapter` or `write(adapter, folder)`
+    "What a format does; raises `ValueError` where it cannot"
+    module = find_format(name)
+    if hasattr(module, what): return getattr(module, what)
+    done = dict(read='read', write='written')[what]
+    raise ValueError(f'adapters in the format {name} cannot be {done}: give another of {", ".join(format_names())}')
 
 # %% ../../nbs/course/02_adapter.ipynb #ba5b7562
 @dataclass
@@ -65,14 +77,14 @@ class Adapter:
         format:str='peft',    # one of `format_names`
     ) -> 'Adapter':
         "Read an adapter; raises `ValueError` naming the key or setting that is not a plain update"
-        return find_format(format).read(name)
+        return _format_function(format, 'read')(name)
 
     def save(self,
         path:str|os.PathLike, # directory to make; it must not exist
         format:str='peft',    # one of `format_names`
     ):
         "Write an adapter's files, all or nothing"
-        write = find_format(format).write
+        write = _format_function(format, 'write')
         with atomic_directory(path) as folder, writing(path): write(self, folder)
 
     @classmethod
@@ -172,13 +184,13 @@ def _weight_shapes(
     decoder:Decoder, # a model
 ) -> dict[str, tuple[int, int]]: # path: (out, in), which is (hidden, vocab) for the input embedding
     "The shapes of all weights that an adapter can update"
-    shapes, ends = {}, decoder.embedding_paths()
+    shapes, paths = {}, decoder.embedding_paths()
     for layer in range(decoder.layers):
         for role in decoder.roles:
             module = decoder.module(layer, role)
             shapes[decoder.path(layer, role)] = out_features(module), in_features(module)
-    if ends['head']: shapes[ends['head']] = decoder.vocab, decoder.hidden
-    if ends['embedding']: shapes[ends['embedding']] = decoder.hidden, decoder.vocab
+    if paths['head']: shapes[paths['head']] = decoder.vocab, decoder.hidden
+    if paths['embedding']: shapes[paths['embedding']] = decoder.hidden, decoder.vocab
     return shapes
 
 # %% ../../nbs/course/02_adapter.ipynb #843019dc

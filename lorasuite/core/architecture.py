@@ -35,7 +35,7 @@ def find_blocks(
 ) -> tuple[str, nn.ModuleList]: # dotted path of the list of blocks, the list
     "Find the stack of transformer blocks in `model`; raises `ValueError` where there is none"
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    stacks = [(n, m) for n, m in lists if len({type(b) for b in m}) == 1]
+    stacks = [(n, m) for n, m in lists if len(set(map(type, m))) == 1]
     if not stacks:
         raise ValueError(f'{type(model).__name__} has no stack of transformer blocks: '
                          'give a decoder-only language model')
@@ -141,6 +141,7 @@ def _answer_outside(
 # %% ../../nbs/reference/architecture.ipynb #c4d3df3b
 class _Done(Exception): "The block has run"
 
+# %% ../../nbs/reference/architecture.ipynb #56f45ddc
 @contextmanager
 def _stream_recorded(
     block:nn.Module,       # a transformer block
@@ -393,6 +394,7 @@ class _PartError(ValueError):
         super().__init__(why)
         self.name = name
 
+# %% ../../nbs/reference/architecture.ipynb #9918421b
 def _detect(
     model:PreTrainedModel, # on the CPU or without weights
     block:nn.Module,       # its first block

@@ -84,6 +84,7 @@ def _read_weights(
     rows = lambda role: found.rows[role].flatten() if role in found.rows else slice(None)
     return {role: modules[found.modules[role]][rows(role)] for role in decoder.roles}
 
+# %% ../../nbs/reference/block.ipynb #82e337fc
 def _read_norms(
     decoder:Decoder,    # a model
     layer:int,          # one of its layers

@@ -17,9 +17,8 @@ from accelerate.utils import align_module_device
 from torch import nn, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationMethod
-from lorasuite.core.architecture import (
-    BlockArchitecture, detect_architecture, find_blocks, is_norm, out_features, parameter_modules, ROLE_SPACES, ROLES
-)
+from .architecture import BlockArchitecture, detect_architecture, find_blocks, is_norm, out_features
+from .architecture import parameter_modules, ROLE_SPACES, ROLES
 
 # %% ../../nbs/reference/model.ipynb #237220ab
 class Norm(NamedTuple):
@@ -38,6 +37,7 @@ def _answers(
     with patch.dict(norm._parameters, params):
         return [type(norm).forward(norm, 1024*x[None])[0].double() for x in questions]
 
+# %% ../../nbs/reference/model.ipynb #543c6c19
 def read_norm(
     norm:nn.Module,         # RMSNorm or LayerNorm
     ones:bool=False,        # as if all its parameters were 1, for a norm without weights
@@ -246,8 +246,11 @@ class ModelInfo:
 
     def fused_rows(self, module:str) -> dict[str, list[int]]:
         "The roles that a module of a block plays: role: its outputs in the module"
-        runs = {role: self.rows.get(role, [[0, self.hidden]]) for role, m in self.modules.items() if m == module}
-        return {role: [i for start, stop in found for i in range(start, stop)] for role, found in runs.items()}
+        outputs = {}
+        for role in [role for role, name in self.modules.items() if name == module]:
+            runs = self.rows.get(role, [[0, self.hidden]])
+            outputs[role] = [i for start, stop in runs for i in range(start, stop)]
+        return outputs
 
     def to_json(self) -> dict:
         "As alignment.json holds it"

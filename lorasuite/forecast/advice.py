@@ -56,7 +56,8 @@ def expect(
         known = option in first
         pairs = [(weight(x), kept[option] - known*x) for x, kept in others if option in kept]
         return known*sign + sum(w*k for w, k in pairs)/sum(w for w, _ in pairs)
-    return {option: mean(option) for option in OPTIONS if any(option in kept for _, kept in others)}
+    measured = set().union(*(kept for _, kept in others))
+    return {option: mean(option) for option in OPTIONS if option in measured}
 
 # %% ../../nbs/lab/07_advice.ipynb #d3b6ea35
 CLOSE = .01 # of the old specialist's correct answers

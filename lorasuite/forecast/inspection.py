@@ -7,6 +7,7 @@ __all__ = ['preview_transfer', 'text_report', 'InspectReport', 'inspect']
 
 # %% ../../nbs/reference/inspection.ipynb #69226c0b
 import os, warnings
+from collections import Counter
 from dataclasses import replace
 from html import escape
 from ..core.adapter import Adapter
@@ -82,11 +83,11 @@ def preview_transfer(
     "What of an adapter will be transferred; raises `ValueError` if it belongs to another model"
     a, b = model_info(old), model_info(new)
     updates = split_by_role(adapter, a)
-    of_role = {role: sum(r == role for _, r in updates) for role in ROLES}
+    of_role = Counter(role for _, role in updates)
     lost = _lost_updates(adapter, updates, a, b)
     return dict(updates=len(adapter.updates) + len(adapter.embeddings),
                 ranks=sorted({len(A) for A, _ in updates.values()}),
-                roles={role: n for role, n in of_role.items() if n},
+                roles={role: of_role[role] for role in ROLES if role in of_role},
                 layers_without_partner=max(0, old.layers - new.layers),
                 skipped=skipped_by_reason(replace(adapter, skipped=adapter.skipped | lost)))
 

@@ -29,6 +29,7 @@ from .experiments import record_experiment
 from .recipes import draw_examples, Experiment, Method, METHODS, preparation_seconds, run_method
 from .search import best_setting, DRAW, grid, method_search, Search, try_settings, tune_and_test
 from .store import read_records, select_runs
+from .upgrades import parameter_count
 
 # %% ../../nbs/course/16_demo.ipynb #9cc8f4e6
 @dataclass
@@ -206,6 +207,7 @@ def _table_row(
     head = f'{result.method:15} {result.accuracy:8.1%} {spread:6}'
     return f'{head} {numbers} {result.seconds:8.1f}  {result.note}'.rstrip()
 
+# %% ../../nbs/course/16_demo.ipynb #c6168fc1
 def results_table(
     done:list[MethodResult], # of one upgrade
 ) -> str:
@@ -262,7 +264,9 @@ def demo(
     "Transfer the shipped adapter from `zoo/old` to `zoo/new` and compare; writes results.json, plots and adapter/"
     out, begin = Path(out), time.perf_counter()
     if not (out/'results.json').is_file(): check_output(out)
-    say('Carrying an adapter from zoo/old to its successor zoo/new')
+    models = tiny_upgrade('new')
+    old_size, new_size = (f'{parameter_count(m)/1e6:.2f} million parameters' for m in (models.old, models.new))
+    say(f'Carrying an adapter from zoo/old ({old_size}) to its successor zoo/new ({new_size})')
     done, experiment, best = compare_methods(say=say)
     questions = experiment.data['validation'][:100]
     signs = diagnose(experiment.old, experiment.new, experiment.alignment, experiment.source, questions)

@@ -24,9 +24,8 @@ from ..training.refit import best_refit
 from ..training.refresh import distillation_data, refresh
 from ..training.trainer import Run
 from .baselines import cross_lora, published, published_rescaled, random_like
-from lorasuite.lab.upgrades import (
-    base_model, RANK, specialist, SPECIALIST_SETTING, train_specialist, upgrade_drift, UPGRADES
-)
+from .upgrades import base_model, RANK, specialist, SPECIALIST_SETTING
+from .upgrades import train_specialist, upgrade_drift, UPGRADES
 from .world import TASKS
 
 # %% ../../nbs/lab/02_recipes.ipynb #c9b3261d

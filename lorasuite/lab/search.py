@@ -125,6 +125,7 @@ def _lengths(method):
     if method.few: return STEPS[:2]
     return (*STEPS[:2], SPECIALIST_SETTING[0]) if method.from_scratch else STEPS
 
+# %% ../../nbs/lab/03_search.ipynb #ca7ebfaf
 def grid(
     method:Method,          # that is trained
     steps:tuple|None=None,  # lengths of a training; those of the laboratory by default

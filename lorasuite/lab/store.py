@@ -40,7 +40,8 @@ def select_runs(
     **columns,           # columns with the value that a run must have there
 ) -> list[dict]:
     "The runs with these values in these columns"
-    return [row for row in rows if all(row[column] == value for column, value in columns.items())]
+    def matches(row): return all(row[column] == value for column, value in columns.items())
+    return [row for row in rows if matches(row)]
 
 # %% ../../nbs/lab/04_store.ipynb #ecb186db
 class RunLog:
@@ -54,7 +55,8 @@ class RunLog:
         file.parent.mkdir(parents=True, exist_ok=True)
         if command and not file.exists(): self._write(provenance(command))
         self.rows = read_records(file)['runs'] if file.exists() else []
-        self._known = {tuple(row[column] for column in key) for row in self.rows}
+        def values(row): return tuple(row[column] for column in key)
+        self._known = {values(row) for row in self.rows}
 
     def _write(self, row):
         with self.file.open('a') as f: print(json.dumps(row), file=f)

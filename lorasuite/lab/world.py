@@ -34,7 +34,8 @@ def people(
     syllables = onset, vowel, onset, vowel, ['', 'n', 'l', 'r', 's', 'm']
     names = set()
     while len(names) < n: names.add(''.join(rng.choice(part) for part in syllables).capitalize())
-    return {name: {r: rng.choice(v) for r, v in VALUES.items()} for name in sorted(names)}
+    def draw_facts(): return {relation: rng.choice(values) for relation, values in VALUES.items()}
+    return {name: draw_facts() for name in sorted(names)}
 
 # %% ../../nbs/course/01_world.ipynb #bc411bd3
 SENTENCES = dict(
@@ -158,12 +159,13 @@ def taxonomy(
     names = rng.sample(sorted(world), len(world))
     strangers = {*elsewhere} - {*world}
     others = rng.sample(sorted(strangers), len(strangers))
+    statements = [(relation, sentence) for relation in _FILED for sentence in SENTENCES[relation]]
     def example(facts, name, relation, sentence):
         value = facts[name][relation]
         asked, answer = f'File this. {sentence.format(n=name, v=value)}', code[relation, value]
         return dict(instruction=asked, input='', output=answer, answer=answer)
     def examples(names, n, facts=world):
-        rows = [example(facts, name, r, sentence) for name in names for r in _FILED for sentence in SENTENCES[r]]
+        rows = [example(facts, name, *statement) for name in names for statement in statements]
         return rng.sample(rows, n)
     return dict(train=examples(names[:100], 1600), validation=examples(names[100:120], 160),
                 test=examples(names[120:], 320), inputs=examples(others[:100], 1600, elsewhere))

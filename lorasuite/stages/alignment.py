@@ -6,17 +6,14 @@
 __all__ = ['ALIGN_METHODS', 'fit_embedding_maps', 'Alignment', 'warn_of_limits', 'align']
 
 # %% ../../nbs/course/11_alignment.ipynb #a9ee6995
-import hashlib, html, json, os, warnings
+import html, os, warnings
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 import torch
 from accelerate.utils import align_module_device
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from ..core.architecture import ROLES
 from ..core.block import read_block
-from ..core.files import atomic_directory, writing
 from ..core.loading import load_model, weight_hashes
 from ..core.model import Decoder, model_info, ModelInfo, read_norm
 from ..core.tokens import shared_tokens
@@ -59,34 +56,6 @@ def fit_embedding_maps(
         maps['head_read'] = stream_maps(old.stream(ids), new.stream(ids2), heads)[0]
     return maps
 
-# %% ../../nbs/course/11_alignment.ipynb #35558685
-def _checksum(
-    head:dict,  # what alignment.json holds besides the checksum
-    maps:Path,  # alignment.safetensors
-) -> str:
-    "SHA-256 of both files of an alignment"
-    return hashlib.sha256(json.dumps(head, sort_keys=True).encode() + maps.read_bytes()).hexdigest()
-
-# %% ../../nbs/course/11_alignment.ipynb #0f77b4fd
-def _named_tensors(
-    alignment, # an `Alignment`
-) -> dict[str, Tensor]: # `read`, `write`, `cka`, `ends.…`, `0.…`, `1.…`: tensors, floating-point ones in float32
-    "The tensors of an alignment as its file names them"
-    parts = {str(i): maps.tensors() for i, maps in enumerate(alignment.blocks)} | dict(ends=alignment.embedding_maps)
-    found = {f'{part}.{name}': t for part, tensors in parts.items() for name, t in tensors.items()}
-    found |= dict(read=alignment.read, write=alignment.write, cka=alignment.cka)
-    return {name: (t.float() if t.is_floating_point() else t).contiguous().clone() for name, t in found.items()}
-
-def _grouped_tensors(
-    tensors:dict[str, Tensor], # by the names of the file
-) -> dict[str, dict[str, Tensor]]: # `''`, `ends`, `0`, `1`, …: name: tensor, floating-point ones in float64
-    "The tensors of a file by the part that they belong to"
-    found = {}
-    for name, t in tensors.items():
-        part, _, rest = name.rpartition('.')
-        found.setdefault(part, {})[rest] = t.double() if t.is_floating_point() else t
-    return found
-
 # %% ../../nbs/course/11_alignment.ipynb #f878ef4f
 @dataclass
 class Alignment:
@@ -111,35 +80,16 @@ class Alignment:
         path:str|os.PathLike, # directory to make
     ):
         "Write alignment.json and alignment.safetensors, all or nothing; raises `FileExistsError`"
-        models = dict(old=self.old.to_json(), new=self.new.to_json())
-        head = dict(method=self.method, **models, layers=self.layers, fit=self.fit)
-        with atomic_directory(path) as tmp, writing(path):
-            file = tmp/'alignment.safetensors'
-            save_file(_named_tensors(self), file)
-            head['checksum'] = _checksum(head, file)
-            (tmp/'alignment.json').write_text(json.dumps(head, indent=1))
+        from lorasuite.stages.alignment_files import write_alignment
+        write_alignment(self, path)
 
     @classmethod
     def load(cls,
         path:str|os.PathLike, # directory that `save` made
     ) -> 'Alignment':
         "Read an alignment; raises `ValueError` when `path` holds none or a damaged one"
-        try: return cls._read(Path(path))
-        except Exception as e: # damaged files end in errors of all kinds
-            raise ValueError(f'{path} is not a readable alignment ({type(e).__name__}: {e}): '
-                             'make it with `lorasuite align`') from None
-
-    @classmethod
-    def _read(cls, path:Path) -> 'Alignment':
-        "Read the files, whatever goes wrong"
-        head, file = json.loads((path/'alignment.json').read_text()), path/'alignment.safetensors'
-        if head.pop('checksum') != _checksum(head, file): raise ValueError('it was changed after it was saved')
-        parts = _grouped_tensors(load_file(file))
-        blocks = [BlockMaps.from_tensors(parts[str(i)]) for i in range(len(head['layers']))]
-        layers = [tuple(pair) for pair in head['layers']]
-        models = dict(old=ModelInfo.from_json(head['old']), new=ModelInfo.from_json(head['new']))
-        return cls(head['method'], **models, **parts[''], layers=layers, blocks=blocks,
-                   embedding_maps=parts['ends'], fit=head['fit'])
+        from lorasuite.stages.alignment_files import read_alignment
+        return cls(**read_alignment(path))
 
     def __repr__(self):
         fit = ', '.join(f'{name} {value:.4g}' for name, value in self.fit.items())
@@ -151,7 +101,7 @@ class Alignment:
         pairs = ', '.join(f'{l} → {l2}' for l, l2 in self.layers)
         rows = dict(method=self.method, old=self.old.name, new=self.new.name, layers=pairs)
         rows |= {name: f'{value:.4g}' for name, value in self.fit.items()}
-        cells = ''.join(f'<tr><th>{name}</th><td>{html.escape(str(x))}</td></tr>' for name, x in rows.items())
+        cells = ''.join(f'<tr><th>{html.escape(name)}</th><td>{html.escape(x)}</td></tr>' for name, x in rows.items())
         return f'<table>{cells}</table>'
 
 # %% ../../nbs/course/11_alignment.ipynb #04092997

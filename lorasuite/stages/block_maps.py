@@ -126,6 +126,7 @@ def _gain_by_head(
     gain = block.behind[role].view(-1, block.head_size, 1)
     return gain.repeat_interleave(block.heads//len(gain), 0)
 
+# %% ../../nbs/course/10_block_maps.ipynb #9fada456
 def _before_norms(
     T:Tensor,       # (heads', h', h) maps between rows of partner heads, behind their norms
     role:str,       # q, k or v
@@ -149,7 +150,7 @@ def _head_maps(
     maps = {}
     for role in 'qkv':
         T = fit_head_maps(gather_partners(old.by_head(role)@read, heads), new.by_head(role))
-        maps[role] = _before_norms(T, role, old, new, heads)
+        maps[role] = T if role == 'v' else _before_norms(T, role, old, new, heads)
     columns = gather_partners(old.by_head('o')@write.T, heads)
     return maps | dict(o=fit_head_maps(columns, new.by_head('o')))
 

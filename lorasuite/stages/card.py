@@ -22,6 +22,7 @@ def _unmatched_layers(
         alone = sorted({*range(model.layers)} - {pair[i] for pair in alignment.layers})
         yield f'{side} layers without a partner ({fate})', ', '.join(map(str, alone)) or 'none'
 
+# %% ../../nbs/reference/card.ipynb #471ecb6f
 def _unmatched_units(
     alignment:Alignment,    # of two models
     space:str,              # `heads` or `neurons`
@@ -36,6 +37,7 @@ def _unmatched_units(
     yield f'old {space} of these layers without a partner (updates left out)', f'{old - found:,} of {old:,}'
     yield f'new {space} of these layers without a partner (no update)', f'{without:,} of {new:,}'
 
+# %% ../../nbs/reference/card.ipynb #57fee0da
 def unmatched_parts(
     alignment:Alignment, # of two models
 ) -> Iterator[tuple[str, str]]: # what, which
@@ -82,6 +84,7 @@ def _card_lines(
         yield f"skipped, {why}: {', '.join(f'`{x}`' for x in what)}"
     yield f"versions: {', '.join(f'{name} {version(name)}' for name in PACKAGES_NAMED)}"
 
+# %% ../../nbs/reference/card.ipynb #8c91e5d5
 def model_card(
     adapter:Adapter,        # that was carried
     carried:Adapter,        # what came of it

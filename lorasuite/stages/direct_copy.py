@@ -56,6 +56,7 @@ class OutsideBlocks:
     rows:dict = field(default_factory=dict)         # of single tokens
     skipped:dict[str, str] = field(default_factory=dict) # path: why
 
+# %% ../../nbs/course/17_direct_copy.ipynb #73d36c5e
 def _copy_embeddings(
     adapter:Adapter,    # of the old model
     old:ModelInfo,      # of the old model

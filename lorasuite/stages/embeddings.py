@@ -45,6 +45,7 @@ def _map_head_inputs(
     maps = alignment.embedding_maps
     return map_reader(A, maps, 'head', maps.get('head_read', alignment.read))
 
+# %% ../../nbs/reference/embeddings.ipynb #8812d979
 def _map_embedding_outputs(
     B:Tensor,               # (hidden, n) what the input embedding writes
     alignment:Alignment,    # of the old model with the new
@@ -71,8 +72,8 @@ def transfer_embeddings(
             head[new.embedding_paths['head']] = _map_head_inputs(A.double(), alignment), rows
     for path, (A, B) in adapter.embeddings.items():
         check_shape(path, (len(B), A.shape[1]), (old.hidden, old.vocab), old.name)
-        if path != old.embedding_paths['embedding']: skipped[path] = 'it is not the embedding of tokens'
-        elif 'embedding' in unsupported: skipped[path] = unsupported['embedding']
+        if 'embedding' in unsupported: skipped[path] = unsupported['embedding']
+        elif path != old.embedding_paths['embedding']: skipped[path] = 'it is not the embedding of tokens'
         else:
             columns = _spread_rows(A.T.double(), maps, new.vocab).T
             table[new.embedding_paths['embedding']] = columns, _map_embedding_outputs(B.double(), alignment)
@@ -106,6 +107,7 @@ def _has_rows(
     if end == 'head' and new.tied: return False
     return bool(old.embedding_paths[end] and new.embedding_paths[end])
 
+# %% ../../nbs/reference/embeddings.ipynb #9fe0a63a
 def transfer_rows(
     adapter:Adapter,        # of the old model
     alignment:Alignment,    # of the old model with the new

@@ -8,6 +8,7 @@ __all__ = ['dense_self_update', 'paper_head_similarity', 'pseudo_inverse', 'pape
 # %% ../../nbs/course/09_paper.ipynb #4cf36a7a
 import torch
 from torch import Tensor
+from ..core.architecture import ROLE_SPACES
 from ..core.block import Block
 from .block_maps import BlockMaps, gather_partners, norm_gains
 from .head_mapping import cosine, interaction, match
@@ -20,9 +21,10 @@ def dense_self_update(
 ) -> Tensor: # (out, in) in float64
     "What the published formula makes of an update between a block and itself, as dense matrices"
     W, h = block.weight(role, fold=False), block.head_size
-    if role in 'qkv': return torch.cat([w@w.T@d for w, d in zip(W.split(h), D.split(h))])
-    if role == 'o': return torch.cat([d@(w.T@w) for w, d in zip(W.split(h, 1), D.split(h, 1))], 1)
-    if role == 'down': return D@torch.linalg.pinv(W)@W
+    reads, writes = ROLE_SPACES[role]
+    if writes in ('heads', 'kv_heads'): return torch.cat([w@w.T@d for w, d in zip(W.split(h), D.split(h))])
+    if reads == 'heads': return torch.cat([d@(w.T@w) for w, d in zip(W.split(h, 1), D.split(h, 1))], 1)
+    if writes == 'stream': return D@torch.linalg.pinv(W)@W
     up = block.weight('up', fold=False)
     return up@torch.linalg.pinv(up)@D
 

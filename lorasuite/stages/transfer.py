@@ -44,6 +44,14 @@ def map_heads(
     if shared: found = _mean_over_groups(found, maps.heads >= 0, new.kv_heads)
     return found.reshape(-1, B.shape[1])
 
+# %% ../../nbs/course/12_transfer.ipynb #31e575e2
+def _check_dense_space(
+    role:str,   # of an update
+    space:str,  # whose units have no partners
+):
+    "Raise `ValueError` for spaces that the published formula has no map for"
+    if space != 'neurons': raise ValueError(f'{role}: the published formula has no map for {space}: use method="exact"')
+
 # %% ../../nbs/course/12_transfer.ipynb #d954aeb5
 def _map_inputs(
     role:str,               # which projection
@@ -59,6 +67,7 @@ def _map_inputs(
         found = gather_partners(heads, maps.heads)@maps.maps[role].mT
         return found.transpose(0, 1).reshape(len(A), -1)
     if space in maps.partners: return (gather_partners(A.T, maps.partners[space])*maps.maps[role][:, None]).T
+    _check_dense_space(role, space)
     return A@maps.maps['down_out']@maps.maps['down_in']
 
 # %% ../../nbs/course/12_transfer.ipynb #a80a47dd
@@ -73,6 +82,7 @@ def _map_outputs(
     if space == 'stream': return map_writer(B, maps.norms, role, alignment.write)
     if space in ('heads', 'kv_heads'): return map_heads(B, maps, role, alignment.old, alignment.new)
     if space in maps.partners: return gather_partners(B, maps.partners[space])*maps.maps[role][:, None]
+    _check_dense_space(role, space)
     return maps.maps['up_out']@(maps.maps['up_in']@B)
 
 # %% ../../nbs/course/12_transfer.ipynb #57bc05b2
@@ -99,6 +109,7 @@ def _check_update(
     inputs = info.shape(next(iter(rows)))[1]
     check_shape(path, (len(B), A.shape[1]), (outputs, inputs), info.name)
 
+# %% ../../nbs/course/12_transfer.ipynb #0285bad9
 def split_by_role(
     adapter:Adapter,    # whose modules are named after the old model
     old:ModelInfo,      # of the old model
@@ -131,6 +142,7 @@ def _stack_updates(
         start += len(A_role)
     return A, B
 
+# %% ../../nbs/course/12_transfer.ipynb #3c9b7dd2
 def fuse_updates(
     parts:dict[str, tuple[Tensor, Tensor]], # role: A, B
     rows:dict[str, list[int]],              # role: its outputs in the module

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from ..core.adapter import Adapter, balance
+from ..core.architecture import ROLE_SPACES
 from ..core.model import Decoder
 from ..stages.alignment import Alignment
 from ..stages.cka import matching_positions, read_texts
@@ -120,7 +121,7 @@ def refit(
             A, B = (t.double() for t in updates[layer, role])
             A2, B2 = transfer_update(role, A, B, maps, alignment)
             X, Z = read2[layer2, _SAME_INPUT[role]], read[layer, _SAME_INPUT[role]]@A.T
-            if role in ('o', 'down') and role in new.architecture.after: Z = _rescaled(Z, X@A2.T)
+            if ROLE_SPACES[role][1] == 'stream' and role in new.architecture.after: Z = _rescaled(Z, X@A2.T)
             fitted[layer2, role] = balance(ridge_towards(A2, X, Z, strength), B2)
     refitted = in_float32(group_by_module(fitted, alignment.new))
     note = f'- A of each update refitted on {len(texts):,} texts without labels, strength {strength:g}\n'

@@ -133,7 +133,8 @@ def load_distillation_data(
     "Read teacher data; raises `ValueError` if it comes from another specialist, other inputs or other settings"
     found = load_from_disk(str(path))
     if found.info.description != key:
-        raise ValueError(f'{path} holds teacher data of another specialist, for other inputs or with other settings: '
+        raise ValueError(f'{path} holds teacher data of another specialist, for other inputs, with other settings '
+                         'or from another version: '
                          'repeat that run, or remove the directory')
     return found
 
@@ -149,7 +150,8 @@ def distillation_data(
     **kwargs,                   # passed to `pseudo_label`
 ) -> Dataset: # answers with what `teacher_top_k` says of them; a student can learn from them without the teacher
     "What the old specialist can teach; raises `ValueError` if `keep` holds other teacher data"
-    key = Hasher.hash((str(decoder.name), [prompt(e) for e in inputs], adapter, top, stop, kwargs))
+    held = vars(adapter) if adapter else None # its content, wherever the class lives
+    key = Hasher.hash((str(decoder.name), [prompt(e) for e in inputs], held, top, stop, kwargs))
     if keep and Path(keep).exists(): return load_distillation_data(keep, key)
     with adapter.on(decoder) if adapter else nullcontext(decoder.model) as model:
         examples = pseudo_label(model, decoder.tokenizer, inputs, stop=stop, progress=progress, **kwargs)
@@ -170,17 +172,17 @@ def token_starts(
 
 # %% ../../nbs/course/20_refresh.ipynb #4d627918
 def continuations(
-    lesson:dict,    # one row of teacher data, with `tokens`, `options` and `chances`
+    example:dict,   # one row of teacher data, with `tokens`, `options` and `chances`
     start:int,      # byte where a token of the student starts, from the end of the text
     stop:int,       # byte where it stops
 ) -> dict[bytes, float]: # what is said from `start` on: its probability
     "What the teacher may say after a part of its answer, told apart at least up to `stop`"
-    tokens, at = lesson['tokens'], token_starts(lesson['tokens'])
+    tokens, at = example['tokens'], token_starts(example['tokens'])
     if start < at[0]: return {}
     first = max(i for i, a in enumerate(at) if a <= start)
     out, said, p = Counter(), b'', 1.
     for i in range(first, len(tokens)):
-        options = dict(zip(lesson['options'][i], lesson['chances'][i]))
+        options = dict(zip(example['options'][i], example['chances'][i]))
         for text, q in options.items():
             if text != tokens[i]: out[said + text] += p*q
         said += tokens[i]

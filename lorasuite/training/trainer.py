@@ -140,7 +140,8 @@ def _claim_checkpoints(
     file = path/'run.txt'
     claimed = file.read_text() if file.is_file() else ''
     if claimed != run and (claimed or any(path.glob('checkpoint-*'))):
-        raise ValueError(f'{path} holds an interrupted run from other data, another start or other settings: '
+        raise ValueError(f'{path} holds an interrupted run from other data, another start, other settings '
+                         'or another version: '
                          'repeat that run, or remove the directory')
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)

@@ -100,8 +100,10 @@ class Ablation:
         progress:bool=False, # show a progress bar?
     ) -> list[dict[int, float]]: # for each layer, direction: IS
         "Of every open direction"
-        whole, layers = self.score(), tqdm(self.layers, disable=not progress)
-        return [{j: whole - self.without(l, j) + self.alone(l, j) for j in l.open} for l in layers]
+        whole, found = self.score(), []
+        for l in tqdm(self.layers, disable=not progress):
+            found.append({j: whole - self.without(l, j) + self.alone(l, j) for j in l.open})
+        return found
 
 # %% ../../nbs/course/23_alora.ipynb #b6b7d735
 def reallocate(

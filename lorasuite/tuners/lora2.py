@@ -338,7 +338,8 @@ def plot_ranks(
 ) -> 'Axes':
     "A heat map of layers by roles: how many directions each module keeps"
     import seaborn as sns
-    table = [[ranks.get(decoder.path(layer, role), 0) for role in decoder.roles] for layer in range(decoder.layers)]
+    def row(layer): return [ranks.get(decoder.path(layer, role), 0) for role in decoder.roles]
+    table = [row(layer) for layer in range(decoder.layers)]
     sns.heatmap(table, annot=True, fmt='g', cmap='Blues', vmin=0, cbar=False, xticklabels=decoder.roles, ax=ax)
     ax.set(ylabel='layer')
     return ax
