@@ -1,5 +1,5 @@
 """Adapters as PEFT writes them: read, written, loaded, refused"""
-import copy, json, sys, warnings
+import copy, json, warnings
 import pytest, torch
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict

@@ -67,7 +67,7 @@ def test_only_the_command_stands_beside_the_rooms():
     assert {p.name for p in LIBRARY.iterdir() if (p/'__init__.py').is_file()} == {*FORBIDDEN}
 
 def roundabout(tree):
-    "Ways to a module of ours that are no import statement: names in strings for `import_module`, attributes of lorasuite"
+    "Ways to a module of ours that are no import statement: strings for `import_module`, attributes of lorasuite"
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'lorasuite':
             if not node.attr.startswith('__'): yield f'lorasuite.{node.attr}'
