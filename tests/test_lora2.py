@@ -365,7 +365,7 @@ def test_directions_move_and_their_number_stays(decoder, batch):
 def test_a_direction_that_opens_changes_nothing_at_first(decoder, batch):
     torch.manual_seed(0)
     with random_adapter(init_adapter(decoder, 2)).on(decoder, trainable=True) as model:
-        made, ids = ALoRA(model, batch), tokens()
+        made = ALoRA(model, batch)
         full = [l.full.clone() for l in made.gated]
         made.move()
         for l, f in zip(made.gated, full):
