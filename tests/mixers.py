@@ -4,13 +4,14 @@ Every surgery takes a model and returns another of the same class with the same 
 from a place (`layers.1.mlp.experts`) to an order (entry i: which old unit the new unit i is, -1 for an added one)
 or to a matrix that takes an old space to the new one (`stream`, latents).
 """
-import copy, math, os
+import copy, math
 from dataclasses import dataclass, field
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from models import error
 from lorasuite.core.adapter import Adapter
 
 VOCAB = 512
@@ -496,12 +497,12 @@ def _dense_mlps(s, ending='.mlp'):
     "Paths of the MLPs that are no experts"
     return [m for m in s.prefixes(ending) if any(f'{m}.{n}.weight' in s for n in ('gate_proj', 'w1', 'input_linear'))]
 
-def _change_experts(s, moes, router='gate', layout={}, shared=None, **settings):
+def _change_experts(s, moes, router='gate', layout=None, shared=None, **settings):
     "Permute and add experts, neurons in each of them, and those of the expert beside them"
     count = None
     for moe in moes:
         if f'{moe}.experts.down_proj' not in s: continue
-        permute_expert_neurons(s, f'{moe}.experts', **layout)
+        permute_expert_neurons(s, f'{moe}.experts', **layout or {})
         count = permute_experts(s, moe, router, **settings)
         if shared: permute_neurons(s, f'{moe}.{shared}')
     return count
@@ -750,43 +751,42 @@ def peft_paths(model):
     without = dict(jamba='dt_proj', falcon_h1='out_proj').get(model.config.model_type)
     return [path for path in linear_paths(model) if path.rpartition('.')[2] != without]
 
-def _random_update(g, rank, out, into, size):
-    return torch.randn(rank, into, generator=g)/math.sqrt(into), size*torch.randn(out, rank, generator=g)
+RANK, SIZE = 2, .2 # of the updates of random adapters
 
-def random_updates(model, rank=2, seed=0, size=.2):
+def _random_update(g, out, into):
+    return torch.randn(RANK, into, generator=g)/math.sqrt(into), SIZE*torch.randn(out, RANK, generator=g)
+
+def random_updates(model, seed=0):
     "An `Adapter` that PEFT had no hand in: all linear modules, routers and experts, also those that PEFT cannot adapt"
     g, updates = torch.Generator().manual_seed(seed), {}
     transposed = STREAMS.get(model.config.model_type, Stream()).transposed
     routers = [path.removesuffix('.weight') for path in router_parameters(model)]
     for path in linear_paths(model) + routers:
-        updates[path] = _random_update(g, rank, *model.get_submodule(path).weight.shape, size)
+        updates[path] = _random_update(g, *model.get_submodule(path).weight.shape)
     for path in expert_parameters(model):
         experts, *sides = model.get_parameter(path).shape
         if transposed: sides = sides[::-1]
-        for i in range(experts): updates[f'{path}[{i}]'] = _random_update(g, rank, *sides, size)
+        for i in range(experts): updates[f'{path}[{i}]'] = _random_update(g, *sides)
     return Adapter(updates, layers=model.config.num_hidden_layers)
 
-def random_adapter(model, folder, rank=2, seed=0, modules=None, parameters=None, size=.2):
-    """A PEFT adapter with random A and B, saved to `folder`; on all linear modules, experts and routers by default.
-    `modules='all-linear'` is what people write. PEFT leaves out dense MLPs and shared experts of some models"""
-    parameters = expert_parameters(model) + router_parameters(model) if parameters is None else parameters
-    config = LoraConfig(r=rank, lora_alpha=2*rank, task_type='CAUSAL_LM',
-                        target_modules=peft_paths(model) if modules is None else modules,
-                        target_parameters=parameters or None)
+def random_adapter(model, folder, seed=0):
+    """A PEFT adapter of all linear modules, experts and routers with random A and B, saved to `folder`; PEFT leaves
+    out dense MLPs and shared experts of some models"""
+    config = LoraConfig(r=RANK, lora_alpha=2*RANK, task_type='CAUSAL_LM', target_modules=peft_paths(model),
+                        target_parameters=expert_parameters(model) + router_parameters(model) or None)
     wrapped = get_peft_model(copy.deepcopy(model), config)
     g = torch.Generator().manual_seed(seed)
     for name, p in wrapped.named_parameters():
         if 'lora_' not in name: continue
-        p.data = torch.randn(p.shape, generator=g)*(size if 'lora_B' in name else 1/math.sqrt(p.shape[1]))
+        p.data = torch.randn(p.shape, generator=g)*(SIZE if 'lora_B' in name else 1/math.sqrt(p.shape[1]))
     wrapped.save_pretrained(folder)
     return folder
 
-def _is_peft(adapter): return isinstance(adapter, (str, os.PathLike))
-
 def with_adapter(model, adapter):
     "A copy of a model with an adapter on it: by PEFT from a directory, or by adding `B A` to the weights by hand"
-    if _is_peft(adapter): return PeftModel.from_pretrained(copy.deepcopy(model), str(adapter)).eval()
-    return merged_by_hand(model, {path: B@A for path, (A, B) in adapter.updates.items()})
+    if isinstance(adapter, Adapter):
+        return merged_by_hand(model, {path: adapter.delta(path) for path in adapter.updates})
+    return PeftModel.from_pretrained(copy.deepcopy(model), str(adapter)).eval()
 
 @torch.no_grad()
 def merged_by_hand(model, updates):
@@ -823,14 +823,9 @@ def effect(model, adapter, ids):
 
 def effect_error(old, new, old_adapter, new_adapter, ids):
     "How far the effect of the new adapter on the new model is from that of the old one on the old model"
-    true, found = effect(old, old_adapter, ids), effect(new, new_adapter, ids)
-    return ((found - true).norm()/true.norm()).item()
+    return error(effect(new, new_adapter, ids), effect(old, old_adapter, ids))
 
 def without_skipped(adapter, skipped):
     "An `Adapter` without the updates that are named in `skipped`, whatever follows their path there"
     def named(path): return any(name == path or name.startswith(f'{path} ') for name in skipped)
     return Adapter({p: ab for p, ab in adapter.updates.items() if not named(p)}, adapter.base, adapter.layers)
-
-def random_ids(texts=2, length=20, seed=1):
-    "Random token ids, none of them special"
-    return torch.randint(2, VOCAB, (texts, length), generator=torch.Generator().manual_seed(seed))

@@ -3,7 +3,8 @@ import warnings
 from functools import cache
 import pytest, torch
 from mixers import (KINDS, effect, effect_error, expert_parameters, merged_by_hand, peft_updates, random_adapter,
-                    random_ids, random_updates, without_skipped)
+                    random_updates, without_skipped)
+from models import error, tokens
 from lorasuite.core.adapter import Adapter
 from lorasuite.stages.alignment import align
 from lorasuite.stages.cka import probe_texts
@@ -14,12 +15,10 @@ FEW = probe_texts()[:16]
 @pytest.fixture(scope='module')
 def pair(): return cache(lambda name: KINDS[name].pair())
 
-def relative(found, true): return ((found - true).norm()/true.norm()).item()
-
 @pytest.mark.parametrize('name', KINDS)
 def test_a_changed_model_computes_the_same(name, pair):
     old, new, truth = pair(name)
-    with torch.no_grad(): assert relative(new(random_ids()).logits, old(random_ids()).logits) <= 2e-5
+    with torch.no_grad(): assert error(new(tokens()).logits, old(tokens()).logits) <= 2e-5
     P = truth['stream']
     assert P.shape == (new.config.hidden_size, old.config.hidden_size)
     assert ((P.T@P - torch.eye(P.shape[1])).abs() < 1e-9).all()
@@ -41,8 +40,8 @@ def test_what_PEFT_adds_is_what_a_merge_by_hand_adds(name, pair, tmp_path):
     folder = random_adapter(old, tmp_path/'adapter')
     updates = peft_updates(old, folder)
     assert {p.partition('[')[0] for p in updates} >= {*expert_parameters(old)}
-    with torch.no_grad(): found = merged_by_hand(old, updates)(random_ids()).logits - old(random_ids()).logits
-    assert relative(found, effect(old, folder, random_ids())) <= 1e-4
+    with torch.no_grad(): found = merged_by_hand(old, updates)(tokens()).logits - old(tokens()).logits
+    assert error(found, effect(old, folder, tokens())) <= 1e-4
 
 def align_saved(old, new, tokenizer, folder):
     "Save both models with a tokenizer, and align what was saved"
@@ -53,25 +52,27 @@ def align_saved(old, new, tokenizer, folder):
         warnings.simplefilter('ignore')
         return align(folder/'old', folder/'new', FEW)
 
-@pytest.mark.xfail(reason='these kinds of parts are being built', strict=False)
-@pytest.mark.parametrize('name', KINDS)
+CARRIED = {'olmo2'}
+LATER = pytest.mark.xfail(reason='a part of this model is not carried yet', strict=True)
+KINDS_SO_FAR = [pytest.param(name, marks=[] if name in CARRIED else LATER) for name in KINDS]
+
+@pytest.mark.parametrize('name', KINDS_SO_FAR)
 def test_every_update_is_carried_to_a_changed_model(name, pair, tokenizer, tmp_path):
     old, new, _ = pair(name)
     adapter = random_updates(old)
     carried = transfer(adapter, align_saved(old, new, tokenizer, tmp_path))
     kept = without_skipped(adapter, carried.skipped)
-    assert kept.updates
-    assert effect_error(old, new, kept, carried, random_ids()) <= 1e-3
+    assert kept.updates.keys() == adapter.updates.keys()
+    assert effect_error(old, new, kept, carried, tokens()) <= 1e-3
 
-@pytest.mark.xfail(reason='these kinds of parts are being built', strict=False)
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', KINDS_SO_FAR)
 def test_adapters_of_PEFT_are_read_carried_and_written(name, pair, tokenizer, tmp_path):
     old, new, _ = pair(name)
     folder = random_adapter(old, tmp_path/'adapter')
     adapter, true = Adapter.load(folder), peft_updates(old, folder)
     assert adapter.updates.keys() | adapter.skipped.keys() == true.keys()
-    for path in adapter.updates: assert relative(adapter.delta(path), true[path]) <= 1e-5
+    for path in adapter.updates: assert error(adapter.delta(path), true[path]) <= 1e-5
     carried = transfer(adapter, align_saved(old, new, tokenizer, tmp_path))
     kept = without_skipped(adapter, carried.skipped)
     carried.save(tmp_path/'carried')
-    assert effect_error(old, new, kept, tmp_path/'carried', random_ids()) <= 1e-3
+    assert effect_error(old, new, kept, tmp_path/'carried', tokens()) <= 1e-3
