@@ -1,4 +1,4 @@
-.PHONY: demo test docs notebooks readme style zoo experiments budgets real hop clean
+.PHONY: demo test docs notebooks readme style zoo experiments budgets real hop census clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -53,6 +53,9 @@ budgets: .venv/library
 
 real hop: .venv/real
 	$(BIN)/python benchmarks/$@.py
+
+census: .venv/library
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/census.py --jobs 2
 
 clean:
 	rm -rf .venv _docs build/lib build/bdist.* build/demo dist lorasuite-demo lorasuite.egg-info # build/lab and build/budgets stay: hours of runs
