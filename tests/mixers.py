@@ -40,9 +40,16 @@ def _fill_parameter(name, p, g):
 def _pair_routers(model):
     "Give routers rows in pairs r, −r: then at least half of all logits are above 0, that of an added expert"
     for name, p in model.named_parameters():
-        if not name.endswith(('gate.weight', 'router.weight')) or len(p) % 2: continue
-        half = len(p)//2
-        p[half:] = -p[:half]
+        if name.endswith(('gate.weight', 'router.weight')): _pair_rows(p)
+
+def is_router(path):
+    "Does a module choose among experts?"
+    return path.endswith(('.gate', '.router', '.router.layer'))
+
+def _pair_rows(W):
+    "Make the second half of an even number of rows the first one turned round"
+    half = len(W)//2
+    if len(W) == 2*half: W[half:] = -W[:half]
 
 @torch.no_grad()
 def random_model(family, seed=0, **config):
@@ -763,6 +770,7 @@ def random_updates(model, seed=0):
     routers = [path.removesuffix('.weight') for path in router_parameters(model)]
     for path in linear_paths(model) + routers:
         updates[path] = _random_update(g, *model.get_submodule(path).weight.shape)
+        if is_router(path): _pair_rows(updates[path][1])
     for path in expert_parameters(model):
         experts, *sides = model.get_parameter(path).shape
         if transposed: sides = sides[::-1]
@@ -779,6 +787,7 @@ def random_adapter(model, folder, seed=0):
     for name, p in wrapped.named_parameters():
         if 'lora_' not in name: continue
         p.data = torch.randn(p.shape, generator=g)*(SIZE if 'lora_B' in name else 1/math.sqrt(p.shape[1]))
+        if is_router(name.partition('.lora_B')[0]): _pair_rows(p.data)
     wrapped.save_pretrained(folder)
     return folder
 

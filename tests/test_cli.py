@@ -119,7 +119,9 @@ def test_inspect(hundred):
     assert said['sizes']['attention'] == ['MHA', 'GQA'] and said['shared_tokens'] == 512
     assert not said['notes'] and 'deep' not in said
     roles = {r: 4 for r in ROLES}
-    assert said['adapter'] == dict(updates=28, ranks=[16], roles=roles, layers_without_partner=0, skipped={})
+    assert said['adapter'] == dict(updates=28, ranks=[16], roles=roles, layers_without_partner=0, energy=1.0,
+                                   depends_on_weights=[], notes=[], skipped={})
+    assert said['exact']
     back = run('inspect', 'zoo/new', 'zoo/old', '--deep')
     assert back.exit_code == 0 and 'note: 2 of 6 old layers will find no partner' in back.stdout
     assert 'layers: 0→0, 1→1, 3→2, 5→3' in back.stdout and 'advice: ' in back.stdout

@@ -1,10 +1,10 @@
 """The laws of a transfer, with real forward passes: nothing is lost where nothing, or only the coordinates, changed"""
-import json
+import json, re
 from functools import cache
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from models import effect, effect_error, error, logits, only, random_adapter, random_decoder, tokens, whole
@@ -15,6 +15,7 @@ from lorasuite.core.block import read_block
 from lorasuite.core.loading import load_model
 from lorasuite.core.model import Decoder
 from lorasuite.stages.alignment import align, Alignment
+from lorasuite.stages.alignment_files import _checksum
 from lorasuite.stages.cka import probe_texts
 from lorasuite.stages.transfer import transfer
 from lorasuite.training.finetune import init_adapter
@@ -322,18 +323,40 @@ def test_a_module_that_plays_several_roles_is_read_once(tokenizer, monkeypatch):
     block = read_block(phi, 0)
     assert len(block.roles) == 7 and len(read) == 4
 
+def as_first_version(folder):
+    "Rewrite an alignment as version 0.1 wrote it: one description for all blocks, names of tensors without a kind"
+    head = json.loads((folder/'alignment.json').read_text())
+    for side in ('old', 'new'):
+        model = head[side]
+        (block,), layers = model.pop('kinds'), model.pop('blocks')
+        for added in ('outside', 'outside_stacks', 'outside_stored'): del model[added]
+        sizes = {size: block['shapes'][role][0] for size, role in (('intermediate', 'up'), ('q', 'q'))}
+        model |= dict(modules=block['modules'], rows=block['rows'], intermediate=sizes['intermediate'],
+                      layers=len(layers), heads=block['heads'], kv_heads=block['kv_heads'],
+                      head_size=sizes['q']//block['heads'])
+    for added in ('unmatched', 'same_outside', 'checksum'): del head[added]
+    tensors = {}
+    for name, t in load_file(folder/'alignment.safetensors').items():
+        tensors[re.sub(r'^(\d+)\.(partners|maps|norms)\.', r'\1.', name)] = t
+    save_file(tensors, folder/'alignment.safetensors')
+    head['checksum'] = _checksum(head, folder/'alignment.safetensors')
+    (folder/'alignment.json').write_text(json.dumps(head))
+    return head, tensors
+
 def test_an_alignment_of_the_first_version_loads(tmp_path):
     "Names, keys and shapes as version 0.1 wrote them"
-    align('zoo/old', 'zoo/new', FEW).save(tmp_path/'alignment')
-    head = json.loads((tmp_path/'alignment'/'alignment.json').read_text())
+    alignment = align('zoo/old', 'zoo/new', FEW)
+    alignment.save(tmp_path/'alignment')
+    head, tensors = as_first_version(tmp_path/'alignment')
     sizes = {'vocab', 'hidden', 'intermediate', 'layers', 'heads', 'kv_heads', 'head_size'}
     model = sizes | {'name', 'stack', 'modules', 'rows', 'ends', 'tied', 'revision', 'sha256'}
     assert head.keys() == {'method', 'old', 'new', 'layers', 'fit', 'checksum'}
     assert head['old'].keys() == head['new'].keys() == model
-    tensors = load_file(tmp_path/'alignment'/'alignment.safetensors')
     norms = {f'{part}_{what}{n}' for part in ('attention', 'mlp') for what in ('gain', 'offset') for n in ('', '2')}
     norms |= {f'{role}_gain{n}' for role in ('o', 'down') for n in ('', '2')}
     assert {k[2:] for k in tensors if k.startswith('0.')} == {'heads', 'neurons', *ROLES, *norms}
     ends = {'ids', 'ids2', 'scale', 'scale2', *(f'head_{what}{n}' for what in ('gain', 'offset') for n in ('', '2'))}
     assert {k[5:] for k in tensors if k.startswith('ends.')} == ends
     assert {k for k in tensors if '.' not in k} == {'read', 'write', 'cka'}
+    adapter, again = Adapter.load('zoo/adapter'), Alignment.load(tmp_path/'alignment')
+    assert error(whole(transfer(adapter, again)), whole(transfer(adapter, alignment))) <= 1e-5

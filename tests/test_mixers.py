@@ -1,11 +1,12 @@
 """Oracles for kinds of parts: the changes keep what a model computes, and adapters are carried to the changed model"""
-import warnings
+import re, warnings
 from functools import cache
 import pytest, torch
 from mixers import (KINDS, effect, effect_error, expert_parameters, merged_by_hand, peft_updates, random_adapter,
                     random_updates, without_skipped)
 from models import error, tokens
 from lorasuite.core.adapter import Adapter
+from lorasuite.core.model import Decoder, model_info
 from lorasuite.stages.alignment import align
 from lorasuite.stages.cka import probe_texts
 from lorasuite.stages.transfer import transfer
@@ -52,24 +53,31 @@ def align_saved(old, new, tokenizer, folder):
         warnings.simplefilter('ignore')
         return align(folder/'old', folder/'new', FEW)
 
-CARRIED = {'olmo2'}
-LATER = pytest.mark.xfail(reason='a part of this model is not carried yet', strict=True)
-KINDS_SO_FAR = [pytest.param(name, marks=[] if name in CARRIED else LATER) for name in KINDS]
+SKIPPED = dict( # kind: what is skipped by name, by the end of its path; everything else is carried
+    jamba={'mamba.dt_proj'}, # its weight is read past the module, so that an adapter has no effect until it is merged
+    falcon_h1={'mamba.out_proj'}, # PEFT refuses it
+    gemma4={'per_layer_model_projection'}) # outside the blocks: what it computes enters every block
 
-@pytest.mark.parametrize('name', KINDS_SO_FAR)
+def check_skipped(name, found):
+    "Only what is expected is skipped, and with a reason"
+    ends = {re.sub(r'.*layers\.\d+\.|^model\.', '', what.partition(' (')[0]) for what in found}
+    assert ends == SKIPPED.get(name, set())
+    assert all(found.values())
+
+@pytest.mark.parametrize('name', KINDS)
 def test_every_update_is_carried_to_a_changed_model(name, pair, tokenizer, tmp_path):
     old, new, _ = pair(name)
     adapter = random_updates(old)
     carried = transfer(adapter, align_saved(old, new, tokenizer, tmp_path))
+    check_skipped(name, carried.skipped)
     kept = without_skipped(adapter, carried.skipped)
-    assert kept.updates.keys() == adapter.updates.keys()
     assert effect_error(old, new, kept, carried, tokens()) <= 1e-3
 
-@pytest.mark.parametrize('name', KINDS_SO_FAR)
+@pytest.mark.parametrize('name', KINDS)
 def test_adapters_of_PEFT_are_read_carried_and_written(name, pair, tokenizer, tmp_path):
     old, new, _ = pair(name)
     folder = random_adapter(old, tmp_path/'adapter')
-    adapter, true = Adapter.load(folder), peft_updates(old, folder)
+    adapter, true = Adapter.load(folder).named_for(model_info(Decoder(old))), peft_updates(old, folder)
     assert adapter.updates.keys() | adapter.skipped.keys() == true.keys()
     for path in adapter.updates: assert error(adapter.delta(path), true[path]) <= 1e-5
     carried = transfer(adapter, align_saved(old, new, tokenizer, tmp_path))

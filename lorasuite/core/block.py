@@ -6,12 +6,14 @@
 __all__ = ['Block', 'read_block']
 
 # %% ../../nbs/reference/block.ipynb #3bea88e6
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import torch
 from accelerate.utils import align_module_device
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn, Tensor
-from .architecture import out_features, ROLE_SPACES
+from .architecture import BlockArchitecture
+from .dry_run import out_features
+from .experts import expert_stacks, split_expert
 from .model import Decoder, Norm, read_norm
 
 # %% ../../nbs/reference/block.ipynb #a4e14421
@@ -20,8 +22,22 @@ def _dense(
 ) -> Tensor: # (out, in) in float64, on the CPU
     "The weight of a linear map; GPT-2's maps store it transposed"
     with align_module_device(module), torch.no_grad():
-        W = dequantize_module_weight(module).detach().cpu().double()
+        W = module.weight if not out_features(module) else dequantize_module_weight(module)
+        W = W.detach().cpu().double()
     return W.T if hasattr(module, 'nf') else W
+
+# %% ../../nbs/reference/block.ipynb #expertfn
+def _read_stacks(
+    block:nn.Module, # of a model
+) -> dict[str, Tensor]: # parameter: (experts, out, in) in its own type, on the CPU
+    "The weights of all routed experts of a block"
+    found = {}
+    for path, stack in expert_stacks(block).items():
+        owner, _, name = path.rpartition('.')
+        module = block.get_submodule(owner)
+        with align_module_device(module): W = getattr(module, name).detach().cpu()
+        found[path] = W.mT if stack.transposed else W
+    return found
 
 # %% ../../nbs/reference/block.ipynb #3f40a3da
 def _gain_behind(
@@ -39,73 +55,97 @@ def _gain_behind(
 class Block:
     "The weights of one transformer block and the norms around them, each read once"
     path:str                    # dotted path in the model
+    found:BlockArchitecture     # which module plays which role
     weights:dict[str, Tensor]   # role: (out, in) in float64, as stored; readers' rows in the order of heads or neurons
-    before:dict[str, Norm]      # reader: the norm in front of it, gain and offset of the size of the stream
+    before:dict[str, Norm]      # role: the norm in front of it, gain and offset of the size of what it reads
     behind:dict[str, Tensor]    # role: (out,) gain of the norm behind it
-    heads:int                   # query heads
-    kv_heads:int                # key-value heads
-    head_size:int               # numbers of a head
+    hidden:int                  # size of the residual stream
     norm_kind:str               # how readers see the stream: `rms`, `layer` or `none`
+    stacks:dict[str, Tensor] = field(default_factory=dict) # parameter: (experts, out, in) as stored
 
     @property
     def roles(self) -> tuple[str, ...]:
         "The roles that the block has"
-        return tuple(self.weights)
+        return tuple(self.found.roles)
 
-    @property
-    def hidden(self) -> int:
-        "Size of the residual stream"
-        return len(self.weights['o'])
+    def stored(self, role:str) -> Tensor:
+        "(out, in) the weight of `role` as it is stored"
+        if role in self.weights: return self.weights[role]
+        path, expert = split_expert(self.found.modules[role])
+        W = self.stacks[path][expert]
+        return (W[self.found.rows[role].flatten()] if role in self.found.rows else W).double()
 
     def weight(self, role:str, fold:bool=True) -> Tensor:
         "(out, in) the weight of `role`; `fold` multiplies the gains around it into it"
-        W = self.weights[role]
+        W = self.stored(role)
         if not fold: return W
         if role in self.before:
             W = W*self.before[role].gain
-            if self.norm_kind == 'layer': W = W - W.mean(1, keepdim=True)
+            centred = self.norm_kind == 'layer' and self.found.spaces[role][0] == 'stream'
+            if centred: W = W - W.mean(1, keepdim=True)
         return W*self.behind[role][:, None]
 
     def by_head(self, role:str, fold:bool=True) -> Tensor:
-        "(heads, head_size, hidden) the rows of q, k or v, or the columns of o, that belong to each query head"
-        W = self.weight(role, fold)
-        if ROLE_SPACES[role][1] == 'stream': W = W.T
-        W = W.reshape(-1, self.head_size, self.hidden)
-        return W.repeat_interleave(self.heads//len(W), 0)
+        "(heads, n, hidden) the rows of q, k, v or g, or the columns of o, that belong to each query head"
+        W, spaces = self.weight(role, fold), self.found.spaces[role]
+        if spaces[1] == 'stream': W = W.T
+        heads = self.found.kv_heads if 'kv_heads' in spaces else self.found.heads
+        return W.reshape(heads, -1, self.hidden).repeat_interleave(self.found.heads//heads, 0)
 
 # %% ../../nbs/reference/block.ipynb #a19cd591
 def _read_weights(
     decoder:Decoder,    # a model
     layer:int,          # one of its layers
 ) -> dict[str, Tensor]: # role: (out, in)
-    "The weights of a block by role"
-    found, block = decoder.architecture, decoder.blocks[layer]
-    modules = {name: _dense(block.get_submodule(name)) for name in dict.fromkeys(found.modules.values())}
+    "The weights of a block by role, without those of routed experts"
+    found, block = decoder.architectures[layer], decoder.blocks[layer]
+    plain = {role: name for role, name in found.modules.items() if split_expert(name)[1] is None}
+    modules = {name: _dense(block.get_submodule(name)) for name in dict.fromkeys(plain.values())}
     rows = lambda role: found.rows[role].flatten() if role in found.rows else slice(None)
-    return {role: modules[found.modules[role]][rows(role)] for role in decoder.roles}
+    return {role: modules[plain[role]][rows(role)] for role in found.roles if role in plain}
 
 # %% ../../nbs/reference/block.ipynb #82e337fc
 def _read_norms(
     decoder:Decoder,    # a model
     layer:int,          # one of its layers
     names:dict[str, str], # role: name of a norm in the block
-) -> dict[str, Norm]: # for every role of the model
+    width:int|None=None,# of what it normalises, for norms without parameters
+) -> dict[str, Norm]: # for every role of the block
     "The norms in front of roles, or behind them; one that is not there multiplies by 1"
-    block = decoder.blocks[layer]
-    norms = {name: read_norm(block.get_submodule(name)) for name in dict.fromkeys(names.values())}
+    block, found = decoder.blocks[layer], decoder.architectures[layer]
+    bare = lambda name: next(block.get_submodule(name).parameters(), None) is None
+    known = {name for name in names.values() if width or not bare(name)}
+    norms = {name: read_norm(block.get_submodule(name), width=width) for name in known}
     absent = Norm('none', torch.ones(1).double(), torch.zeros(1).double())
-    return {role: norms.get(names.get(role), absent) for role in decoder.roles}
+    return {role: norms.get(names.get(role), absent) for role in found.modules}
 
 # %% ../../nbs/reference/block.ipynb #a7d569f3
+def _read_before(
+    decoder:Decoder,    # a model
+    layer:int,          # one of its layers
+) -> dict[str, Norm]: # reader of the stream or of a latent: the norm in front of it
+    "The norms in front of roles; one that is not there multiplies by 1"
+    found, hidden = decoder.architectures[layer], decoder.hidden
+    before = {role: Norm(norm.kind, norm.gain.expand(hidden), norm.offset.expand(hidden))
+              for role, norm in _read_norms(decoder, layer, found.before, hidden).items()
+              if found.spaces[role][0] == 'stream'}
+    linked = {role: norm for role, (_, norm) in found.links.items() if norm}
+    latent = _read_norms(decoder, layer, linked)
+    return before | {role: latent[role] for role in linked}
+
+# %% ../../nbs/reference/block.ipynb #readblockfn
 def read_block(
     decoder:Decoder,    # a model, with its weights in memory or in their files
     layer:int,          # one of its layers
 ) -> Block:
     "Read one block of a model: every module of it once"
-    found, hidden = decoder.architecture, decoder.hidden
-    before = {role: Norm(norm.kind, norm.gain.expand(hidden), norm.offset.expand(hidden))
-              for role, norm in _read_norms(decoder, layer, found.before).items() if role in found.rows}
-    behind = {role: _gain_behind(norm.gain, found.rows.get(role), out_features(decoder.module(layer, role)))
-              for role, norm in _read_norms(decoder, layer, found.after).items()}
-    return Block(f'{decoder.stack}.{layer}', _read_weights(decoder, layer), before, behind,
-                 decoder.heads, decoder.kv_heads, decoder.head_size, decoder.norm_kind)
+    found, block = decoder.architectures[layer], decoder.blocks[layer]
+    weights, stacks = _read_weights(decoder, layer), _read_stacks(block)
+    behind = {}
+    for role, norm in _read_norms(decoder, layer, found.after).items():
+        path, expert = split_expert(found.modules[role])
+        outputs = stacks[path].shape[1] if expert is not None else len(weights[role])
+        if expert is None and role in found.rows: outputs = out_features(block.get_submodule(path)) or outputs
+        behind[role] = _gain_behind(norm.gain, found.rows.get(role), outputs)
+    return Block(f'{decoder.stack}.{layer}', found, weights, _read_before(decoder, layer), behind, decoder.hidden,
+                 decoder.norm_kind, stacks)

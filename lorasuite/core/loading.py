@@ -6,17 +6,21 @@
 __all__ = ['load_model', 'weight_hashes', 'load_skeleton', 'stored_weights']
 
 # %% ../../nbs/reference/loading.ipynb #696bf24b
-import json, math, os
+import copy, inspect, json, math, os, re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-import torch
+import torch, transformers
 from accelerate import cpu_offload, init_empty_weights
+from accelerate.hooks import remove_hook_from_module
 from huggingface_hub import get_safetensors_metadata, snapshot_download
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import safe_open, SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from .architecture import find_blocks
 from .files import resolve
 from .model import Decoder, pick_device, pick_dtype
 
@@ -58,6 +62,66 @@ def _check_files(
         for key, (kind, _) in _headers(file).items():
             if quantised or not key.endswith('.weight') or 'F' in kind: continue
             raise ValueError(f'{file}: {key} is of type {kind}: give the model before it was quantised')
+
+# %% ../../nbs/reference/loading.ipynb #6cbd6562
+def _listed_classes(
+    config:PreTrainedConfig, # of a model
+) -> list[type[PreTrainedModel]]: # best first; none for other kinds of models
+    "The classes that `transformers` lists for models that generate text"
+    tasks = ('CAUSAL_LM', 'IMAGE_TEXT_TO_TEXT', 'MULTIMODAL_LM')
+    mappings = [getattr(transformers, f'MODEL_FOR_{task}_MAPPING', {}) for task in tasks]
+    return [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+
+# %% ../../nbs/reference/loading.ipynb #ba3db7f4
+def _named_classes(
+    config:PreTrainedConfig, # of a model
+) -> list[type[PreTrainedModel]]: # at most one
+    "The class that a configuration names, if this version of `transformers` has it and it generates text"
+    found = [getattr(transformers, name, None) for name in (config.architectures or [])[:1]]
+    models = [c for c in found if isinstance(c, type) and issubclass(c, PreTrainedModel)]
+    return [c for c in models if c.can_generate()]
+
+# %% ../../nbs/reference/loading.ipynb #528b607d
+def _model_class(
+    config:PreTrainedConfig, # of a model
+) -> type[PreTrainedModel]|None: # None for what does not generate text
+    "The class to load a model with: one made for its whole configuration wherever there is one"
+    candidates = _named_classes(config) + _listed_classes(config)
+    text_only = (config.sub_configs or {}).get('text_config')
+    whole = [c for c in candidates if isinstance(config, c.config_class)]
+    borrowed = [c for c in candidates if c.config_class is not text_only]
+    return next(iter(whole + borrowed), None)
+
+# %% ../../nbs/reference/loading.ipynb #102b1b2f
+def _text_config(
+    config:PreTrainedConfig, # of a model
+) -> PreTrainedConfig: # the same where there is no other, or more than one
+    "The part of a configuration that describes the text model"
+    try: return config.get_text_config(decoder=True)
+    except ValueError: return config
+
+# %% ../../nbs/reference/loading.ipynb #1ee82794
+def _foreign_kind(
+    config:PreTrainedConfig, # of a model
+) -> str|None: # what it is instead of a decoder; None if it can be one
+    "An encoder, an encoder-decoder, or something else that does not generate text"
+    both = (config, _text_config(config))
+    if any(getattr(c, 'is_encoder_decoder', False) for c in both): return 'an encoder-decoder'
+    two_way = config.model_type == 'bert-generation' or type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    one_way = getattr(config, 'is_decoder', False) or getattr(config, 'causal', False)
+    if two_way and not one_way: return 'an encoder'
+    return None if _model_class(config) else 'no language model that generates text'
+
+# %% ../../nbs/reference/loading.ipynb #b5298927
+def _check_kind(
+    name:str|os.PathLike,     # of the model, for messages
+    config:PreTrainedConfig,  # of the model
+):
+    "Raise `ValueError` for what is no decoder-only language model"
+    kind = _foreign_kind(config)
+    if kind is None: return
+    named = (config.architectures or [type(config).__name__])[0]
+    raise ValueError(f'{name} is {kind} ({named}): lorasuite carries adapters of decoder-only language models')
 
 # %% ../../nbs/reference/loading.ipynb #b2b6ac86
 def _check_loaded(
@@ -103,6 +167,29 @@ def _reading(
         kind = OSError if isinstance(e, OSError) else ValueError
         raise kind(f'cannot load a model and its tokenizer from {name}: {e}') from None
 
+# %% ../../nbs/reference/loading.ipynb #e8d2a0a6
+def _read_config(
+    name:str|os.PathLike,   # of the model, for messages
+    source:str|os.PathLike, # its directory or Hub id
+) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    "The configuration of a decoder-only language model, and the class to load it with"
+    with _reading(name):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        kind = _model_class(config)
+    _check_kind(name, config)
+    return config, kind
+
+# %% ../../nbs/reference/loading.ipynb #tokenrows
+def _token_rows(
+    name:str|os.PathLike,   # of the model, for messages
+    model:PreTrainedModel,  # any
+) -> int:
+    "Rows of the table of token embeddings; raises `ValueError` for a model that has none"
+    try: return len(model.get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError, TypeError):
+        raise ValueError(f'{name} is no language model that reads a text alone ({type(model).__name__} has no table of '
+                         'token embeddings): lorasuite carries adapters of decoder-only language models') from None
+
 # %% ../../nbs/reference/loading.ipynb #c6ae379f
 def _read_checked(
     name:str|os.PathLike,  # a directory, `zoo/…`, or a Hub id
@@ -110,24 +197,132 @@ def _read_checked(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A model and its tokenizer, checked before and after loading"
     source = resolve(name)
+    config, kind = _read_config(name, source)
     if Path(source).is_dir(): _check_files(Path(source))
     with _reading(name):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=False, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        model, report = kind.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     _check_loaded(name, model, report)
-    _check_tokenizer(name, tokenizer, len(model.get_input_embeddings().weight))
+    _check_tokenizer(name, tokenizer, _token_rows(name, model))
     return model.eval(), tokenizer
 
+# %% ../../nbs/reference/loading.ipynb #12061593
+def _reaches_blocks(
+    model:PreTrainedModel, # whose weights are left in their files
+    block:nn.Module,       # its first block
+    device:torch.device,   # where it computes
+) -> bool:
+    "Does a model run as far as its first block?"
+    class Reached(Exception): "The first block was called"
+    def stop(*_): raise Reached
+    hook = block.register_forward_pre_hook(stop)
+    try: model(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
+    except Reached: return True
+    except Exception: return False # whatever placeholders lead to
+    finally: hook.remove()
+    return False
+
+# %% ../../nbs/reference/loading.ipynb #b542c5a2
+@cache
+def _source(
+    kind:type, # a class
+) -> str: # empty for one without a file
+    "The source text of a class"
+    try: return inspect.getsource(kind)
+    except (OSError, TypeError): return ''
+
+# %% ../../nbs/reference/loading.ipynb #183595ab
+def _reads(
+    parent:nn.Module, # any module
+    name:str,         # of a module in it
+) -> bool:
+    "Does the code of a module read numbers of another one that it holds?"
+    own = '|'.join(key for key, _ in parent.get_submodule(name).named_parameters(recurse=False))
+    if not own or name.isdigit(): return False
+    reading = rf'\bself\.{name}\.({own})\b(?!\.(dtype|device|shape|ndim|size)\b)'
+    return re.search(reading, _source(type(parent))) is not None
+
+# %% ../../nbs/reference/loading.ipynb #3b922cdb
+def _keep(
+    model:PreTrainedModel,  # whose weights are left in their files
+    names:Iterable[str],    # of modules
+    device:torch.device,    # where it computes
+):
+    "Give modules their own weights back"
+    for name in names:
+        module = model.get_submodule(name)
+        remove_hook_from_module(module)
+        for p in module.parameters(recurse=False): p.data = p.data.to(device)
+
+# %% ../../nbs/reference/loading.ipynb #d93540dc
+def _must_stay(
+    model:PreTrainedModel, # whose weights are left in their files
+    device:torch.device,   # where it computes
+) -> list[str]: # paths of modules
+    "The modules whose weights are read though they are not called"
+    stack, blocks = find_blocks(model)
+    read = [f'{path}.{name}'.lstrip('.') for path, module in model.named_modules()
+            for name, _ in module.named_children() if _reads(module, name)]
+    if _reaches_blocks(model, blocks[0], device): return read
+    outside = [name for name, _ in model.named_modules() if name and not f'{name}.'.startswith(f'{stack}.')]
+    return read + outside
+
+# %% ../../nbs/reference/loading.ipynb #c81b0b7e
+def _in_dtype(
+    config:PreTrainedConfig, # of a model, perhaps with parts for text and images
+    dtype:torch.dtype,       # for the model and for each part
+) -> PreTrainedConfig: # a copy
+    "A configuration for another type of numbers"
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    for key in config.sub_configs or {}:
+        part = getattr(config, key, None)
+        if isinstance(part, PreTrainedConfig): setattr(config, key, _in_dtype(part, dtype))
+    return config
+
+# %% ../../nbs/reference/loading.ipynb #1c7746e0
+def _unstored_buffers(
+    model:PreTrainedModel, # with or without weights
+    dtype:torch.dtype,     # to load it in
+) -> dict[str, torch.Tensor]: # by name
+    "The numbers that a model computes for itself when it is loaded in a type"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False): fresh = type(model)(_in_dtype(model.config, dtype))
+    finally: torch.set_default_dtype(before)
+    stored = model.state_dict()
+    return {name: buffer for name, buffer in fresh.named_buffers() if name not in stored}
+
+# %% ../../nbs/reference/loading.ipynb #cd886bf9
+def _compute_in(
+    model:PreTrainedModel, # with or without placeholders
+    dtype:torch.dtype,     # of the computation
+):
+    "Let a model compute in another type, as if it had been loaded in it"
+    fresh = _unstored_buffers(model, dtype)
+    for p in model.parameters():
+        if p.is_floating_point(): p.data = p.data.to(dtype)
+    for name, buffer in [*model.named_buffers()]:
+        path, _, key = name.rpartition('.')
+        if name in fresh: new = fresh[name].to(buffer.device)
+        else: new = buffer.to(dtype) if buffer.is_floating_point() else buffer
+        model.get_submodule(path)._buffers[key] = new
+
 # %% ../../nbs/reference/loading.ipynb #3822f885
+@torch.no_grad()
 def _offload(
     model:PreTrainedModel,  # as loaded
     device:torch.device,    # where it shall compute
     dtype:torch.dtype|None, # in which type; by default its own on a GPU, float32 elsewhere
 ) -> PreTrainedModel: # the same model, with placeholders that say in which type weights are fetched
     "Leave the weights in their files, to be fetched module by module"
+    dtype = dtype or (None if device.type == 'cuda' else torch.float32)
     cpu_offload(model, device, state_dict=model.state_dict())
-    return model.to(dtype or (model.dtype if device.type == 'cuda' else torch.float32))
+    _keep(model, _must_stay(model, device), device)
+    if dtype: _compute_in(model, dtype)
+    return model
 
 # %% ../../nbs/reference/loading.ipynb #95b6ac71
 def load_model(
@@ -139,6 +334,7 @@ def load_model(
     "Load a model and its tokenizer; raises `ValueError` or `OSError` saying what is wrong with their files"
     if isinstance(name, Decoder): return name
     if isinstance(name, PreTrainedModel):
+        _check_kind(name.name_or_path or type(name).__name__, name.config)
         return Decoder(name.eval(), AutoTokenizer.from_pretrained(name.name_or_path))
     device = device or pick_device()
     model, tokenizer = _read_checked(name, 'auto' if lazy else dtype or pick_dtype(device))
@@ -171,10 +367,10 @@ def load_skeleton(
 ) -> Decoder: # with weights on the device `meta`
     "A model without weights, from its configuration and tokenizer; raises what `load_model` raises"
     source = resolve(name)
+    config, kind = _read_config(name, source)
     with _reading(name):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False): model = AutoModelForCausalLM.from_config(config).eval()
+        with init_empty_weights(include_buffers=False): model = kind(config).eval()
     return Decoder(model, tokenizer, name)
 
 # %% ../../nbs/reference/loading.ipynb #6a30de42

@@ -26,9 +26,13 @@ def _head_means(
     "Do the matched heads stand out?"
     means = []
     for (layer, layer2), maps in zip(alignment.layers, alignment.blocks):
+        if maps.heads is None: continue
         blocks = read_block(old, layer), read_block(new, layer2)
         matched = [(a, b) for b, a in enumerate(maps.heads.tolist()) if a >= 0]
         means.append(mean_on_pairs(head_similarity(*blocks, alignment.read, alignment.write), matched))
+    if not means:
+        raise ValueError(f'{old.name} and {new.name} share no attention whose heads are understood, and by heads the '
+                         'nearness of models is told: transfer the adapter, and evaluate it')
     chosen, others = zip(*means)
     return statistics.mean(chosen), statistics.mean(others)
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from ..core.adapter import Adapter, balance
-from ..core.architecture import ROLE_SPACES
 from ..core.block import read_block
 from ..core.loading import load_model
 from ..core.model import Decoder, model_info
@@ -61,6 +60,7 @@ def cross_lora(
     "Carry an adapter by singular directions, layer l to layer l (Cross-LoRA, arXiv 2508.05232, our reading)"
     old, new = load_model(old, lazy=True), load_model(new, lazy=True)
     a, b = model_info(old), model_info(new)
+    adapter = adapter.named_for(a)
     updates, skipped = split_by_place(adapter, a, lambda layer, role: missing_place(layer, role, b))
     moved = {}
     for layer in sorted({layer for layer, _ in updates}):
@@ -68,7 +68,7 @@ def cross_lora(
         for role in [role for l, role in updates if l == layer]:
             A, B = (t.double() for t in updates[layer, role])
             W, W2 = block.weight(role, fold=False), block2.weight(role, fold=False)
-            writes = ROLE_SPACES[role][1] == 'stream'
+            writes = block.found.spaces[role][1] == 'stream'
             moved[layer, role] = balance(*move_by_singular_directions(A, B, W, W2, rank, writes))
     outside = {*adapter.updates, *adapter.embeddings, *adapter.rows} & {*a.embedding_paths.values()}
     return assemble_adapter(adapter, moved, skipped | dict.fromkeys(outside, ONLY_BLOCKS), b)

@@ -59,7 +59,7 @@ def peft_config(
     steps:int=0,                # of the training, for AdaLoRA
 ) -> PeftConfig:
     "What PEFT puts on a model, with a scale of one"
-    modules = sorted({decoder.architecture.modules[role] for role in decoder.roles})
+    modules = decoder.target_names()
     rank = initial_rank(budget) if method in ('adalora', 'lora2') else budget
     common = dict(lora_alpha=rank, target_modules=modules, task_type='CAUSAL_LM')
     if method != 'adalora': return LoraConfig(r=rank, use_dora=method == 'dora', **common)

@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from ..core.architecture import is_norm, parameter_modules, ROLE_SPACES
+from ..core.architecture import ROLE_SPACES
+from ..core.dry_run import parameter_modules
 from ..core.block import Block, read_block
 from ..core.model import Decoder, read_norm
 
@@ -465,12 +466,20 @@ def _modules_before_blocks(
     return ran - inside
 
 # %% ../../nbs/course/03_oracle.ipynb #b6e63f7e
+def _is_norm(
+    module:nn.Module, # any module
+) -> bool:
+    "Does it hold vectors only, and no other module?"
+    own = [*module.parameters()]
+    return bool(own) and not [*module.children()] and all(p.ndim == 1 for p in own)
+
+# %% ../../nbs/course/03_oracle.ipynb #mustrename
 def _must_rename(
     decoder:Decoder, # a model
 ) -> bool:
     "Does some norm multiply single coordinates of what is written to the stream?"
     behind_writers = any(_writes_stream(role) for role in decoder.architecture.after)
-    return behind_writers or any(is_norm(m) for m in _modules_before_blocks(decoder))
+    return behind_writers or any(_is_norm(m) for m in _modules_before_blocks(decoder))
 
 # %% ../../nbs/course/03_oracle.ipynb #21b9ff37
 def _fill_embedding(
@@ -481,7 +490,7 @@ def _fill_embedding(
     "Fill an embedding, or a norm on embeddings; raises `ValueError` for any other part"
     old, new, P = growth.old, growth.new, growth.P
     part, part2 = old.model.get_submodule(path), new.model.get_submodule(path)
-    if is_norm(part):
+    if _is_norm(part):
         gain, offset = read_norm(part)[1:]
         _set_norm(part2, P.abs()@gain, P@offset)
     elif part is old.model.get_input_embeddings():

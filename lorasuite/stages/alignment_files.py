@@ -40,7 +40,7 @@ def _grouped_tensors(
     "The tensors of a file by the part that they belong to"
     found = {}
     for name, t in tensors.items():
-        part, _, rest = name.rpartition('.')
+        part, _, rest = name.partition('.') if '.' in name else ('', '', name)
         found.setdefault(part, {})[rest] = t.double() if t.is_floating_point() else t
     return found
 
@@ -51,7 +51,8 @@ def write_alignment(
 ):
     "Write alignment.json and alignment.safetensors, all or nothing; raises `FileExistsError`"
     models = dict(old=alignment.old.to_json(), new=alignment.new.to_json())
-    head = dict(method=alignment.method, **models, layers=alignment.layers, fit=alignment.fit)
+    head = dict(method=alignment.method, **models, layers=alignment.layers, fit=alignment.fit,
+                unmatched=[maps.unmatched for maps in alignment.blocks], same_outside=alignment.same_outside)
     with atomic_directory(path) as tmp, writing(path):
         file = tmp/'alignment.safetensors'
         save_file(_named_tensors(alignment), file)
@@ -65,12 +66,14 @@ def _read_files(
     "Read both files, whatever goes wrong"
     head, file = json.loads((path/'alignment.json').read_text()), path/'alignment.safetensors'
     if head.pop('checksum') != _checksum(head, file): raise ValueError('it was changed after it was saved')
-    parts = _grouped_tensors(load_file(file))
+    parts, pairs = _grouped_tensors(load_file(file)), head['layers']
+    unmatched = head.get('unmatched', [{}]*len(pairs)) # version 0.1 had none
     return dict(
         method=head['method'], old=ModelInfo.from_json(head['old']), new=ModelInfo.from_json(head['new']),
         read=parts['']['read'], write=parts['']['write'], cka=parts['']['cka'],
-        layers=[tuple(pair) for pair in head['layers']], fit=head['fit'], embedding_maps=parts['ends'],
-        blocks=[BlockMaps.from_tensors(parts[str(i)]) for i in range(len(head['layers']))])
+        layers=[tuple(pair) for pair in pairs], fit=head['fit'], embedding_maps=parts['ends'],
+        blocks=[BlockMaps.from_tensors(parts.get(str(i), {}), unmatched[i]) for i in range(len(pairs))],
+        same_outside=head.get('same_outside', []))
 
 # %% ../../nbs/reference/alignment_files.ipynb #e745991b
 def read_alignment(

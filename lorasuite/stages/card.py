@@ -26,14 +26,15 @@ def _unmatched_layers(
 def _unmatched_units(
     alignment:Alignment,    # of two models
     space:str,              # `heads` or `neurons`
-    sizes:tuple[int, int],  # units of a block in the old and in the new model
 ) -> Iterator[tuple[str, str]]: # what, how many of how many
     "Heads or neurons of paired layers that have no partner"
     taken = [maps.partners[space] for maps in alignment.blocks if space in maps.partners]
     if not taken: return
     found = sum(len({*t.tolist()} - {-1}) for t in taken)
     without = sum((t < 0).sum().item() for t in taken)
-    old, new = (len(taken)*size for size in sizes)
+    size = lambda block: getattr(block, space) if space in ('heads', 'experts') else block.size(space)
+    old = sum(size(pair.old) for pair in alignment.pairs if space in pair.maps.partners)
+    new = sum(map(len, taken))
     yield f'old {space} of these layers without a partner (updates left out)', f'{old - found:,} of {old:,}'
     yield f'new {space} of these layers without a partner (no update)', f'{without:,} of {new:,}'
 
@@ -42,10 +43,8 @@ def unmatched_parts(
     alignment:Alignment, # of two models
 ) -> Iterator[tuple[str, str]]: # what, which
     "Layers, heads and neurons of either model that have no partner"
-    old, new = alignment.old, alignment.new
     yield from _unmatched_layers(alignment)
-    yield from _unmatched_units(alignment, 'heads', (old.heads, new.heads))
-    yield from _unmatched_units(alignment, 'neurons', (old.intermediate, new.intermediate))
+    for space in ('heads', 'neurons', 'experts'): yield from _unmatched_units(alignment, space)
 
 # %% ../../nbs/reference/card.ipynb #682f4f5a
 def skipped_by_reason(

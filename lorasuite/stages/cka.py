@@ -49,19 +49,19 @@ def record_activations(
     decoder:Decoder,        # whose activations
     compare:str,            # `updates`: what attention and MLP add; `outputs`: what leaves the block
     at:Tensor|None=None,    # (n,) rows to keep, counted through all texts; all by default
-): # yields a dict that a forward pass fills: (kind, layer): (n, hidden); kind 0 is attention or output, 1 is MLP
+): # yields a dict that a forward pass fills: (kind, layer): (n, hidden); kind 0 is mixers or output, 1 is MLPs
     "Record what blocks add to the residual stream, or what leaves them"
     kept = {}
     def keep(key):
         def hook(module, args, out):
             x = out[0] if isinstance(out, tuple) else out
             if at is not None: x = x.flatten(0, -2)[at.to(x.device)]
-            kept[key] = x.float()
+            kept[key] = kept.get(key, 0) + x.float() # a block may add several of a kind
         return hook
     hooks = []
     for l, block in enumerate(decoder.blocks):
-        parts = decoder.adds(l) if compare == 'updates' else [block]
-        hooks += [part.register_forward_hook(keep((kind, l))) for kind, part in enumerate(parts)]
+        kinds = decoder.adds(l) if compare == 'updates' else [[block]]
+        for kind, parts in enumerate(kinds): hooks += [part.register_forward_hook(keep((kind, l))) for part in parts]
     try: yield kept
     finally:
         for hook in hooks: hook.remove()
@@ -116,7 +116,7 @@ def _activations_at(
 ) -> dict[tuple[int, int], Tensor]: # (kind, layer): (n, hidden)
     "Run a model and keep its activations at some tokens"
     with record_activations(decoder, compare, texts*ids.shape[1] + positions) as kept:
-        decoder.model.get_decoder()(input_ids=ids, use_cache=False)
+        decoder.read(ids)
     return kept
 
 # %% ../../nbs/course/06_cka.ipynb #139620e9
@@ -144,9 +144,25 @@ def _flat_grams(
     activations:dict[tuple[int, int], Tensor], # (kind, layer): (n, hidden)
 ) -> Tensor: # (kinds*layers, n*n), on the CPU
     "Centred Gram matrices as rows, scaled so that the inner product of two rows is an unbiased HSIC"
-    grams = torch.stack([u_centred(x).flatten().cpu() for x in activations.values()])
+    grams = torch.stack([u_centred(activations[key]).flatten().cpu() for key in sorted(activations)])
     n = grams.shape[1]**.5
     return grams/(n*(n-3))**.5
+
+# %% ../../nbs/course/06_cka.ipynb #meanfn
+def _mean_over_kinds(
+    table:Tensor,                   # (parts, parts') CKA of every part of one model with every part of the other
+    keys:list[tuple[int, int]],     # kind and layer of each part
+    keys2:list[tuple[int, int]],    # of the other model
+    layers:tuple[int, int],         # of both models
+) -> Tensor: # (layers, layers')
+    "The mean of the entries of two layers over the kinds of parts that both have"
+    total, count = torch.zeros(layers), torch.zeros(layers)
+    for kind in {kind for kind, _ in keys} & {kind for kind, _ in keys2}:
+        rows, columns = ([i for i, (k, _) in enumerate(some) if k == kind] for some in (keys, keys2))
+        places = torch.tensor([keys[i][1] for i in rows]), torch.tensor([keys2[j][1] for j in columns])
+        total[places[0][:, None], places[1]] += table[rows][:, columns]
+        count[places[0][:, None], places[1]] += 1
+    return total/count.clamp_min(1)
 
 # %% ../../nbs/course/06_cka.ipynb #9d864398
 def cka_table(
@@ -163,6 +179,7 @@ def cka_table(
     if not texts: raise ValueError('no probe text: layers can only be compared on texts')
     cross, own, own2 = 0, 0, 0
     for a, b in paired_activations(old, new, texts, compare, rows, batch_size, progress):
+        keys, keys2 = sorted(a), sorted(b)
         A, B = _flat_grams(a), _flat_grams(b)
         cross = cross + A@B.T
         own = own + A.pow(2).sum(1)
@@ -171,8 +188,7 @@ def cka_table(
         raise ValueError('the probe texts have fewer than 4 positions at which both tokenizers end a token: '
                          'give longer texts')
     table = cross/(own[:, None]*own2[None]).sqrt().clamp_min(1e-30)
-    kinds = len(own)//old.layers
-    return torch.stack([table[k::kinds, k::kinds] for k in range(kinds)]).mean(0)
+    return _mean_over_kinds(table, keys, keys2, (old.layers, new.layers))
 
 # %% ../../nbs/course/06_cka.ipynb #96b1b713
 def plot_cka(

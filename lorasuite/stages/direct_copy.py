@@ -22,7 +22,8 @@ def missing_place(
 ) -> str: # '' if there is one
     "Why the new model has no place of the same layer and role"
     if layer >= new.layers: return f'the new model has no layer {layer}'
-    return '' if role in new.modules else f'the new model has no {role}'
+    if role in new.blocks[layer].modules: return new.blocks[layer].refused(role)
+    return f'layer {layer} of the new model has no {role}' if role in new.roles else f'the new model has no {role}'
 
 # %% ../../nbs/course/17_direct_copy.ipynb #6bccc495
 def _other_shape(
@@ -40,8 +41,9 @@ def split_by_place(
     why:Callable[[int, str], str],  # of layer and role: what stands in the way of an update, '' if nothing does
 ) -> tuple[dict, dict]: # (layer, role): A, B of what can go; path and role of the others: why not
     "Part the updates of the blocks in those that can go and those that cannot"
-    kept, skipped = {}, {}
-    for (layer, role), update in split_by_role(adapter, old).items():
+    updates, skipped = split_by_role(adapter, old)
+    kept = {}
+    for (layer, role), update in updates.items():
         reason = why(layer, role)
         if reason: skipped[f'{old.path(layer, role)} ({role})'] = reason
         else: kept[layer, role] = update
@@ -84,10 +86,11 @@ def assemble_adapter(
     "An adapter of the new model; raises `ValueError` if there is nothing in it"
     outside, skipped = outside or OutsideBlocks(), dict(skipped)
     skipped |= outside.skipped
-    found = in_float32(group_by_module(updates, new)) | outside.updates
+    found = in_float32(group_by_module(updates, new))
+    found |= outside.updates
     if not (found or outside.embeddings or outside.rows): raise no_place(skipped)
     return Adapter(found, new.name, new.layers, embeddings=outside.embeddings, rows=outside.rows,
-                   skipped=adapter.skipped | skipped)
+                   skipped=adapter.skipped | skipped, parameters=new.stored_parameters(found | outside.embeddings))
 
 # %% ../../nbs/course/17_direct_copy.ipynb #e602fe52
 def direct_copy(
@@ -97,6 +100,7 @@ def direct_copy(
 ) -> Adapter:
     "Put each update unchanged where layer, role and shape agree; the others are named in `skipped`, none: `ValueError`"
     a, b = (model_info(load_model(model, lazy=True)) for model in (old, new))
-    why = lambda layer, role: missing_place(layer, role, b) or _other_shape(a.shape(role), b.shape(role))
+    why = lambda layer, role: missing_place(layer, role, b) or _other_shape(a.shape(layer, role), b.shape(layer, role))
+    adapter = adapter.named_for(a)
     updates, skipped = split_by_place(adapter, a, why)
     return assemble_adapter(adapter, updates, skipped, b, _copy_embeddings(adapter, a, b))

@@ -11,10 +11,11 @@ import math, os
 import torch
 from torch import Tensor
 from ..core.adapter import Adapter, balance
-from ..core.architecture import ROLE_SPACES
-from ..core.model import check_shape, ModelInfo
-from .alignment import Alignment
-from .block_maps import BlockMaps, gather_partners, map_reader, map_writer, norm_part
+from ..core.experts import split_expert
+
+from ..core.model import BlockInfo, check_shape, ModelInfo
+from .alignment import Alignment, Pair
+from .block_maps import gather_partners, map_reader, map_writer, norm_part, split_role
 from .card import model_card
 from .embeddings import transfer_embeddings, transfer_rows
 
@@ -30,103 +31,131 @@ def _mean_over_groups(
 
 # %% ../../nbs/course/12_transfer.ipynb #f3cb45b5
 def map_heads(
-    B:Tensor,           # (out, rank) of q, k or v
-    maps:BlockMaps,     # of one pair of layers
-    role:str,           # q, k or v
-    old:ModelInfo,      # of the old model
-    new:ModelInfo,      # of the new model
+    B:Tensor,   # (out, rank) of q, k, v or a gate
+    role:str,   # which of them
+    pair:Pair,  # of blocks
 ) -> Tensor: # (out', rank)
     "B by heads; a new key-value head takes the mean over the partners of its query heads"
-    shared = ROLE_SPACES[role][1] == 'kv_heads'
-    heads = B.view(-1, old.head_size, B.shape[1])
-    heads = heads.repeat_interleave(old.heads//len(heads), 0)
-    found = maps.maps[role]@gather_partners(heads, maps.heads)
-    if shared: found = _mean_over_groups(found, maps.heads >= 0, new.kv_heads)
+    shared, old, heads = pair.old.spaces[role][1] == 'kv_heads', pair.old, pair.maps.heads
+    parts = B.view(old.kv_heads if shared else old.heads, -1, B.shape[1])
+    parts = parts.repeat_interleave(old.heads//len(parts), 0)
+    found = pair.maps.maps[role]@gather_partners(parts, heads)
+    if shared: found = _mean_over_groups(found, heads >= 0, pair.new.kv_heads)
     return found.reshape(-1, B.shape[1])
 
 # %% ../../nbs/course/12_transfer.ipynb #31e575e2
-def _check_dense_space(
-    role:str,   # of an update
-    space:str,  # whose units have no partners
-):
-    "Raise `ValueError` for spaces that the published formula has no map for"
-    if space != 'neurons': raise ValueError(f'{role}: the published formula has no map for {space}: use method="exact"')
+def _unit_map(
+    role:str,   # of an update of the old block
+    side:str,   # `in` or `out`
+    pair:Pair,  # of blocks
+) -> tuple[Tensor|None, Tensor]: # (n',) old partner of each new unit, or None; (n',) scales, or a map of all
+    "How one side of a role is carried that is neither the stream nor made of heads"
+    maps, (name, expert) = pair.maps, split_role(role)
+    own, space = f'{role}.{side}', pair.old.spaces[role][side == 'out']
+    if own in maps.maps: return maps.partners.get(own), maps.maps[own]
+    if expert is None: return maps.partners[space], maps.maps[role]
+    expert2 = split_role(pair.place(role)[0])[1]
+    return maps.partners['experts.neurons'][expert2], maps.maps[name][expert2]
 
 # %% ../../nbs/course/12_transfer.ipynb #d954aeb5
-def _map_inputs(
-    role:str,               # which projection
-    A:Tensor,               # (rank, in)
-    maps:BlockMaps,         # of one pair of layers
-    alignment:Alignment,    # for the stream maps and sizes
-) -> Tensor: # (rank, in')
-    "A for the new model, by the space that the role reads"
-    space = ROLE_SPACES[role][0]
-    if space == 'stream': return map_reader(A, maps.norms, norm_part(role), alignment.read)
-    if space == 'heads':
-        heads = A.view(len(A), alignment.old.heads, -1).transpose(0, 1)
-        found = gather_partners(heads, maps.heads)@maps.maps[role].mT
-        return found.transpose(0, 1).reshape(len(A), -1)
-    if space in maps.partners: return (gather_partners(A.T, maps.partners[space])*maps.maps[role][:, None]).T
-    _check_dense_space(role, space)
-    return A@maps.maps['down_out']@maps.maps['down_in']
+def _map_units(
+    X:Tensor,   # (n, rank) one row per old unit
+    role:str,   # of an update of the old block
+    side:str,   # `in` or `out`
+    pair:Pair,  # of blocks
+) -> Tensor: # (n', rank)
+    "Rows of units at their partners' places and scales, or all of them through the map of their space"
+    partners, M = _unit_map(role, side, pair)
+    if partners is not None: return gather_partners(X, partners)*M[:, None]
+    return M.T@X if side == 'in' else M@X
 
 # %% ../../nbs/course/12_transfer.ipynb #a80a47dd
-def _map_outputs(
-    role:str,               # which projection
-    B:Tensor,               # (out, rank)
-    maps:BlockMaps,         # of one pair of layers
-    alignment:Alignment,    # for the stream maps and sizes
-) -> Tensor: # (out', rank)
-    "B for the new model, by the space that the role writes"
-    space = ROLE_SPACES[role][1]
-    if space == 'stream': return map_writer(B, maps.norms, role, alignment.write)
-    if space in ('heads', 'kv_heads'): return map_heads(B, maps, role, alignment.old, alignment.new)
-    if space in maps.partners: return gather_partners(B, maps.partners[space])*maps.maps[role][:, None]
-    _check_dense_space(role, space)
-    return maps.maps['up_out']@(maps.maps['up_in']@B)
+def _map_inputs(
+    role:str,   # which projection
+    A:Tensor,   # (rank, in)
+    pair:Pair,  # of blocks
+) -> Tensor: # (rank, in')
+    "A for the new model, by the space that the role reads"
+    space, maps = pair.old.spaces[role][0], pair.maps
+    if space == 'stream': return map_reader(A, maps.norms, norm_part(role), pair.read)
+    if space == 'heads':
+        heads = A.view(len(A), pair.old.heads, -1).transpose(0, 1)
+        found = gather_partners(heads, maps.heads)@maps.maps[role].mT
+        return found.transpose(0, 1).reshape(len(A), -1)
+    if 'down_out' in maps.maps: return A@maps.maps['down_out']@maps.maps['down_in'] # the paper's formula
+    return _map_units(A.T, role, 'in', pair).T
 
 # %% ../../nbs/course/12_transfer.ipynb #57bc05b2
+def _map_outputs(
+    role:str,   # which projection
+    B:Tensor,   # (out, rank)
+    pair:Pair,  # of blocks
+) -> Tensor: # (out', rank)
+    "B for the new model, by the space that the role writes"
+    space, maps = pair.old.spaces[role][1], pair.maps
+    if space == 'stream': return map_writer(B, maps.norms, split_role(role)[0], pair.write)
+    if space in ('heads', 'kv_heads'): return map_heads(B, role, pair)
+    if 'up_out' in maps.maps: return maps.maps['up_out']@(maps.maps['up_in']@B) # the paper's formula
+    return _map_units(B, role, 'out', pair)
+
+# %% ../../nbs/course/12_transfer.ipynb #transferupdate
 def transfer_update(
-    role:str,               # which projection
-    A:Tensor,               # (rank, in)
-    B:Tensor,               # (out, rank)
-    maps:BlockMaps,         # of one pair of layers
-    alignment:Alignment,    # for the stream maps and sizes
+    role:str,   # which projection of the old block
+    A:Tensor,   # (rank, in)
+    B:Tensor,   # (out, rank)
+    pair:Pair,  # of blocks
 ) -> tuple[Tensor, Tensor]: # (rank, in'), (out', rank)
     "Carry one update over; its rank stays (LoRASuite, section 3.3, with our maps or the published ones)"
-    return _map_inputs(role, A, maps, alignment), _map_outputs(role, B, maps, alignment)
+    return _map_inputs(role, A, pair), _map_outputs(role, B, pair)
 
 # %% ../../nbs/course/12_transfer.ipynb #2917f151
 def _check_update(
     path:str,           # of a module of a block
     A:Tensor,           # (rank, in)
     B:Tensor,           # (out, rank)
-    info:ModelInfo,     # of the model
+    block:BlockInfo,    # that has the module
     rows:dict[str, list[int]], # role: its outputs in the module
+    name:str,           # of the model
 ):
     "Raise `ValueError` unless an update is of the size of its module"
     outputs = sum(map(len, rows.values()))
-    inputs = info.shape(next(iter(rows)))[1]
-    check_shape(path, (len(B), A.shape[1]), (outputs, inputs), info.name)
+    inputs = block.shapes[next(iter(rows))][1]
+    check_shape(path, (len(B), A.shape[1]), (outputs, inputs), name)
 
 # %% ../../nbs/course/12_transfer.ipynb #0285bad9
+def _why_outside(
+    path:str,       # of a module that plays no role in a block
+    old:ModelInfo,  # of the old model
+) -> str:
+    "Why its update cannot be carried; raises `ValueError` for what the old model does not have"
+    whole = split_expert(path)[0]
+    if whole in {*old.outside, *old.outside_stacks}: return 'it lies outside the blocks of the text model'
+    why = old.everywhere('unknown').get(whole)
+    if not why and whole in old.everywhere('stacks'): why = 'is an expert without a role'
+    if why: return f'lorasuite does not understand it: it {why}'
+    raise ValueError(f'the adapter updates {path}, which {old.name} does not have, or not as a linear map '
+                     'of a block: was it trained on another model?')
+
+# %% ../../nbs/course/12_transfer.ipynb #splitbyrole
 def split_by_role(
     adapter:Adapter,    # whose modules are named after the old model
     old:ModelInfo,      # of the old model
-) -> dict[tuple[int, str], tuple]: # (layer, role): A, B
+) -> tuple[dict[tuple[int, str], tuple], dict[str, str]]: # (layer, role): A, B; path of what plays no role: why
     "Updates by layer and role; raises `ValueError` naming what the old model does not have"
-    rows = {module: old.fused_rows(module) for module in old.modules.values()}
-    places = {f'{old.stack}.{layer}.{module}': (layer, module) for layer in range(old.layers) for module in rows}
-    found = {}
+    places = {f'{old.stack}.{layer}.{module}': (layer, module)
+              for layer, block in enumerate(old.blocks) for module in block.modules.values()}
+    found, skipped = {}, {}
     for path, (A, B) in adapter.updates.items():
         if path and path == old.embedding_paths['head']: continue
         if path not in places:
-            raise ValueError(f'the adapter updates {path}, which {old.name} does not have, or not as a linear map '
-                             'of a block: was it trained on another model?')
+            skipped[path] = _why_outside(path, old)
+            continue
         layer, module = places[path]
-        _check_update(path, A, B, old, rows[module])
-        for role, own in rows[module].items(): found[layer, role] = A, B[own]
-    return found
+        block = old.blocks[layer]
+        rows = block.fused_rows(module)
+        _check_update(path, A, B, block, rows, old.name)
+        for role, own in rows.items(): found[layer, role] = A, B[own]
+    return found, skipped
 
 # %% ../../nbs/course/12_transfer.ipynb #aba22a3c
 def _stack_updates(
@@ -164,8 +193,8 @@ def group_by_module(
 ) -> dict[str, tuple[Tensor, Tensor]]: # path of a module: A, B
     "Updates by the modules that hold their roles"
     named = {}
-    for layer, module in sorted({(layer, info.modules[role]) for layer, role in updates}):
-        rows = info.fused_rows(module)
+    for layer, module in sorted({(layer, info.blocks[layer].modules[role]) for layer, role in updates}):
+        rows = info.blocks[layer].fused_rows(module)
         parts = {role: updates[layer, role] for role in rows if (layer, role) in updates}
         named[f'{info.stack}.{layer}.{module}'] = fuse_updates(parts, rows)
     return named
@@ -191,10 +220,12 @@ def _new_layers(
     g = torch.Generator().manual_seed(0)
     alone = sorted({*range(new.layers)} - {l2 for _, l2 in alignment.layers})
     ranks = {}
-    for role in new.modules:
+    for role in [role for role in new.roles if split_role(role)[1] is None]:
         found = [len(updates[layer, role][0]) for layer in range(old.layers) if (layer, role) in updates]
-        if len(found) == old.layers: ranks[role] = max(found)
-    return {(l2, role): init_lora(rank, new.shape(role), g) for l2 in alone for role, rank in ranks.items()}
+        if found and len(found) == sum(role in block.modules for block in old.blocks): ranks[role] = max(found)
+    has = lambda block, role: role in block.modules and not block.refused(role)
+    places = [(l2, role) for l2 in alone for role in ranks if has(new.blocks[l2], role)]
+    return {(l2, role): init_lora(ranks[role], new.shape(l2, role), g) for l2, role in places}
 
 # %% ../../nbs/course/12_transfer.ipynb #531ea1b6
 def unmatched_updates(
@@ -202,13 +233,25 @@ def unmatched_updates(
     alignment:Alignment,    # of the old model with the new
 ) -> dict[str, str]: # update: why it cannot be carried
     "The updates that have no place in the new model"
-    kept = {l for l, _ in alignment.layers}
+    pairs = {pair.layers[0]: pair for pair in alignment.pairs}
     alone, absent = {}, {}
     for layer, role in updates:
         name = f'{alignment.old.path(layer, role)} ({role})'
-        if layer not in kept: alone[name] = 'its layer has no partner: the new model is shallower'
-        elif role not in alignment.shared_roles: absent[name] = f'the new model has no {role}'
+        if layer not in pairs: alone[name] = _why_alone(layer, alignment)
+        elif why := pairs[layer].place(role)[1]: absent[name] = why
     return alone | absent
+
+# %% ../../nbs/course/12_transfer.ipynb #whyalone
+def _why_alone(
+    layer:int,              # of the old model, without a partner
+    alignment:Alignment,    # of the old model with the new
+) -> str:
+    "Why a layer has no partner"
+    old, new = alignment.old, alignment.new
+    kinds = [{tuple(block.mixers) for block in info.blocks} for info in (old, new)]
+    if len(kinds[0] | kinds[1]) == 1: return 'its layer has no partner: the new model is shallower'
+    mixers = ' + '.join(old.blocks[layer].mixers) or 'no mixer'
+    return f'its layer has no partner: the new model has fewer layers with {mixers}'
 
 # %% ../../nbs/course/12_transfer.ipynb #11884475
 def _transfer_blocks(
@@ -216,12 +259,13 @@ def _transfer_blocks(
     alignment:Alignment,    # of the old model with the new
 ) -> dict[tuple[int, str], tuple]: # (new layer, role): A, B, balanced
     "Carry the updates of all layers that have a partner"
-    found = {}
-    for (layer, layer2), maps in zip(alignment.layers, alignment.blocks):
-        for role in alignment.shared_roles:
-            if (layer, role) not in updates: continue
-            A, B = (t.double() for t in updates[layer, role])
-            found[layer2, role] = balance(*transfer_update(role, A, B, maps, alignment))
+    found, pairs = {}, {pair.layers[0]: pair for pair in alignment.pairs}
+    for (layer, role), update in updates.items():
+        pair = pairs.get(layer)
+        role2 = pair.place(role)[0] if pair else ''
+        if not role2: continue
+        A, B = (t.double() for t in update)
+        found[pair.layers[1], role2] = balance(*transfer_update(role, A, B, pair))
     return found
 
 # %% ../../nbs/course/12_transfer.ipynb #d713c160
@@ -245,14 +289,17 @@ def transfer(
 ) -> Adapter:
     "Carry an adapter to the new model; new layers get an untrained update, what has no place is named in `skipped`"
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-    updates, new = split_by_role(adapter, alignment.old), alignment.new
+    adapter, new = adapter.named_for(alignment.old), alignment.new
+    updates, outside = split_by_role(adapter, alignment.old)
+    same = {path: adapter.updates[path] for path in outside if path in alignment.same_outside}
     blocks = group_by_module(_transfer_blocks(updates, alignment) | _new_layers(updates, alignment), new)
     head, table, unsupported = transfer_embeddings(adapter, alignment)
     rows, unknown = transfer_rows(adapter, alignment)
-    skipped = unsupported | unmatched_updates(updates, alignment) | unknown
-    if not blocks | head | table | rows: raise no_place(skipped)
-    carried = Adapter(in_float32(blocks | head), new.name, new.layers, embeddings=in_float32(table),
+    outside = {path: why for path, why in outside.items() if path not in same}
+    skipped = outside | unsupported | unmatched_updates(updates, alignment) | unknown
+    if not blocks | same | head | table | rows: raise no_place(skipped)
+    carried = Adapter(in_float32(blocks | same | head), new.name, new.layers, embeddings=in_float32(table),
                       rows={path: (ids, X.float()) for path, (ids, X) in rows.items()},
-                      skipped=adapter.skipped | skipped)
+                      skipped=adapter.skipped | skipped, parameters=new.stored_parameters(blocks | same | head | table))
     carried.card = model_card(adapter, carried, alignment)
     return carried

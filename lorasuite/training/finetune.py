@@ -26,8 +26,7 @@ def init_adapter(
     unknown = [r for r in roles or () if r not in decoder.roles]
     if unknown:
         raise ValueError(f'{decoder.name} has no {", ".join(unknown)}: its roles are {", ".join(decoder.roles)}')
-    modules = {decoder.architecture.modules[r] for r in roles or decoder.roles}
-    config = LoraConfig(r=rank, lora_alpha=2*rank, target_modules=sorted(modules), task_type='CAUSAL_LM')
+    config = LoraConfig(r=rank, lora_alpha=2*rank, target_modules=decoder.target_names(roles), task_type='CAUSAL_LM')
     with attach(decoder, lambda: get_peft_model(decoder.model, config)) as model: adapter = Adapter.from_peft(model)
     return Adapter(adapter.updates, decoder.name, decoder.layers)
 

@@ -7,14 +7,15 @@ __all__ = ['MAX_POSITIONS', 'RIDGE_STRENGTHS', 'ridge_towards', 'paired_position
            'best_refit']
 
 # %% ../../nbs/course/19_refit.ipynb #6c040c02
+from collections.abc import Iterable
 from dataclasses import replace
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from ..core.adapter import Adapter, balance
-from ..core.architecture import ROLE_SPACES
 from ..core.model import Decoder
-from ..stages.alignment import Alignment
+from ..stages.alignment import Alignment, Pair
+from ..stages.block_maps import split_role
 from ..stages.cka import matching_positions, read_texts
 from ..stages.transfer import group_by_module, in_float32, split_by_role, transfer, transfer_update
 from .evaluate import evaluate
@@ -67,7 +68,7 @@ def paired_positions(
     return batches, batches2
 
 # %% ../../nbs/course/19_refit.ipynb #e6871ecd
-_SAME_INPUT = dict(q='q', k='q', v='q', o='o', gate='up', up='up', down='down') # role: a role that reads the same
+_SAME_INPUT = dict(k='q', v='q', g='q', gate='up') # role: another role that reads the same
 
 # %% ../../nbs/course/19_refit.ipynb #0e6a56c8
 @torch.no_grad()
@@ -75,10 +76,12 @@ def record_inputs(
     decoder:Decoder,    # a model
     adapter:Adapter,    # to attach
     batches:list,       # as `paired_positions` gives them
+    places:Iterable[tuple[int, str]], # layers and roles
     progress:bool=False,# show a progress bar?
-) -> dict[tuple[int, str], Tensor]: # (layer, q, o, up or down): (n, in)
+) -> dict[tuple[int, str], Tensor]: # layer and role: (n, in)
     "What the projections read at some positions"
-    kept = {(layer, role): [] for layer in range(decoder.layers) for role in {*_SAME_INPUT.values()}}
+    places = [*places]
+    kept = {(layer, _SAME_INPUT.get(role, role)): [] for layer, role in places}
     at = None # the positions of the batch at hand
     def recorder(key):
         def record(module, inputs, output): kept[key].append(inputs[0].flatten(0, -2)[at].float().cpu())
@@ -87,10 +90,11 @@ def record_inputs(
         hooks = [decoder.module(*key).register_forward_hook(recorder(key)) for key in kept]
         try:
             for ids, at in tqdm(batches, disable=not progress):
-                decoder.model.get_decoder()(input_ids=ids, use_cache=False)
+                decoder.read(ids)
         finally:
             for hook in hooks: hook.remove()
-    return {key: torch.cat(x).double() for key, x in kept.items()}
+    found = {key: torch.cat(x).double() for key, x in kept.items()}
+    return {(layer, role): found[layer, _SAME_INPUT.get(role, role)] for layer, role in places}
 
 # %% ../../nbs/course/19_refit.ipynb #4057f377
 def _rescaled(
@@ -99,6 +103,15 @@ def _rescaled(
 ) -> Tensor: # (n, rank)
     "The target at the scale of what is read"
     return Z*(Y.norm()/Z.norm().clamp_min(1e-30))
+
+# %% ../../nbs/course/19_refit.ipynb #fittedfn
+def _fitted_pairs(
+    updates:dict,           # (layer, role): A, B of the old model
+    alignment:Alignment,    # of the old model with the new
+) -> list[tuple[Pair, str]]: # pair of blocks, role of both
+    "The updates that can be fitted"
+    return [(pair, role) for pair in alignment.pairs for role in pair.old.modules
+            if (pair.layers[0], role) in updates and pair.place(role)[0] and split_role(role)[1] is None]
 
 # %% ../../nbs/course/19_refit.ipynb #469cd0d7
 def refit(
@@ -111,18 +124,20 @@ def refit(
 ) -> Adapter:
     "Transfer an adapter whose updates read on the new model what they read on the old; `ValueError` without texts"
     if not texts: raise ValueError('no texts: give some of the kind that the adapter is for')
-    carried, updates, fitted = transfer(adapter, alignment), split_by_role(adapter, alignment.old), {}
+    adapter, carried = adapter.named_for(alignment.old), transfer(adapter, alignment)
+    updates, fitted = split_by_role(adapter, alignment.old)[0], {}
     batches, batches2 = paired_positions(old, new, texts)
-    read = record_inputs(old, adapter, batches, progress)
-    read2 = record_inputs(new, carried, batches2, progress)
-    for (layer, layer2), maps in zip(alignment.layers, alignment.blocks):
-        for role in alignment.shared_roles:
-            if (layer, role) not in updates: continue
-            A, B = (t.double() for t in updates[layer, role])
-            A2, B2 = transfer_update(role, A, B, maps, alignment)
-            X, Z = read2[layer2, _SAME_INPUT[role]], read[layer, _SAME_INPUT[role]]@A.T
-            if ROLE_SPACES[role][1] == 'stream' and role in new.architecture.after: Z = _rescaled(Z, X@A2.T)
-            fitted[layer2, role] = balance(ridge_towards(A2, X, Z, strength), B2)
+    pairs = _fitted_pairs(updates, alignment)
+    read = record_inputs(old, adapter, batches, [(pair.layers[0], role) for pair, role in pairs], progress)
+    read2 = record_inputs(new, carried, batches2, [(pair.layers[1], role) for pair, role in pairs], progress)
+    for pair, role in pairs:
+        layer, layer2 = pair.layers
+        A, B = (t.double() for t in updates[layer, role])
+        A2, B2 = transfer_update(role, A, B, pair)
+        X, Z = read2[layer2, role], read[layer, role]@A.T
+        found = new.architectures[layer2]
+        if found.spaces[role][1] == 'stream' and role in found.after: Z = _rescaled(Z, X@A2.T)
+        fitted[layer2, role] = balance(ridge_towards(A2, X, Z, strength), B2)
     refitted = in_float32(group_by_module(fitted, alignment.new))
     note = f'- A of each update refitted on {len(texts):,} texts without labels, strength {strength:g}\n'
     return replace(carried, updates=carried.updates | refitted, card=carried.card + note)

@@ -338,7 +338,9 @@ def plot_ranks(
 ) -> 'Axes':
     "A heat map of layers by roles: how many directions each module keeps"
     import seaborn as sns
-    def row(layer): return [ranks.get(decoder.path(layer, role), 0) for role in decoder.roles]
+    def row(layer):
+        modules = decoder.architectures[layer].modules
+        return [ranks.get(f'{decoder.stack}.{layer}.{modules.get(role)}', 0) for role in decoder.roles]
     table = [row(layer) for layer in range(decoder.layers)]
     sns.heatmap(table, annot=True, fmt='g', cmap='Blues', vmin=0, cbar=False, xticklabels=decoder.roles, ax=ax)
     ax.set(ylabel='layer')

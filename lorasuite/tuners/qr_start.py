@@ -16,7 +16,7 @@ import torch
 from peft import get_peft_model, LoraConfig, PeftModel
 from torch import nn, Tensor
 from ..core.adapter import Adapter, attach
-from ..core.architecture import in_features, out_features
+from ..core.dry_run import in_features, out_features
 from ..core.model import Decoder
 from ..training.examples import encode
 from ..training.trainer import fit, Run
@@ -69,8 +69,7 @@ def linear_modules(
     decoder:Decoder, # the base model
 ) -> list[nn.Module]:
     "All linear maps of the blocks, each once"
-    modules = [decoder.module(layer, role) for layer in range(decoder.layers) for role in decoder.roles]
-    return list(dict.fromkeys(modules))
+    return [*decoder.linear_modules().values()]
 
 # %% ../../nbs/course/22_qr_start.ipynb #b207e0dd
 def _check_base(
@@ -127,7 +126,7 @@ def attach_start(
     check_start(decoder, start, rank)
     config = LoraConfig(
         r=rank, lora_alpha=scale*rank, init_lora_weights=LORA_STARTS[start],
-        target_modules=sorted({*decoder.architecture.modules.values()}), task_type='CAUSAL_LM',
+        target_modules=decoder.target_names(), task_type='CAUSAL_LM',
     )
     changed = linear_modules(decoder) if start in MODIFIES_BASE else []
     with _preserve_weights(changed), attach(decoder, lambda: get_peft_model(decoder.model, config)) as model:

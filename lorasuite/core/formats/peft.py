@@ -6,7 +6,7 @@
 __all__ = ['PREFIX', 'READERS', 'split_keys', 'read_lora', 'read_adalora', 'check_config', 'read', 'adapter_config', 'write']
 
 # %% ../../../nbs/reference/formats.ipynb #bacd50fa
-import os, re
+import json, os, re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -15,9 +15,11 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import AdaLoraConfig, LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from ..adapter import Adapter
+from ..experts import file_path, PARAMETERS, Stored, split_expert
 from ..files import parsing, resolve
 
 # %% ../../../nbs/reference/formats.ipynb #057f0226
@@ -180,6 +182,94 @@ def _with_scale(
         found[path] = pair['A'], B
     return adapter
 
+# %% ../../../nbs/reference/formats.ipynb #37f44ae3
+def _is_target(
+    config:LoraConfig, # the adapter's settings
+    path:str,          # of a module
+) -> bool:
+    "Is a module among `target_modules`, a pattern or a list of ends of paths?"
+    targets = config.target_modules or ()
+    if isinstance(targets, str): return re.fullmatch(targets, path) is not None
+    return any(f'.{path}'.endswith(f'.{target}') for target in targets)
+
+# %% ../../../nbs/reference/formats.ipynb #e87400d5
+def _parameter_names(
+    config:LoraConfig, # the adapter's settings
+    path:str,          # of the module that owns them
+    number:int,        # how many of them have an update
+) -> list[str]: # in the module's order; empty where the settings name another number of them
+    "The names of a module's parameters that have an update"
+    ends, anywhere = set(), set()
+    for target in config.target_parameters:
+        owner, _, name = target.rpartition('.')
+        if not owner: anywhere.add(name)
+        elif f'.{path}'.endswith(f'.{owner}'): ends.add(name)
+    names = next((names for names in (ends, ends | anywhere) if len(names) == number), ())
+    if len(names) > 1 and not {*PARAMETERS} >= {*names}: return []
+    return sorted(names, key=lambda name: PARAMETERS.index(name) if name in PARAMETERS else 0)
+
+# %% ../../../nbs/reference/formats.ipynb #d394cea8
+_UNCLEAR = 'target_parameters does not tell which parameter this is: save the adapter again with whole names there'
+
+def _name_parameters(
+    paths:Iterable[str], # of modules, as the file has them
+    config:LoraConfig,   # the adapter's settings
+) -> tuple[dict[str, str], set[str]]: # path in the file: path of the parameter; paths in the file that stay unclear
+    "Which updates are those of parameters?"
+    owners, named, unclear = {}, {}, set()
+    for path in paths: owners.setdefault(re.sub(r'(\.base_layer)+$', '', path), []).append(path)
+    for owner, found in owners.items():
+        if not config.target_parameters or len(found) == 1 and _is_target(config, owner): continue
+        names = _parameter_names(config, owner, len(found))
+        if not names: unclear |= {*found}
+        found = sorted(found, key=len, reverse=True)
+        named |= {path: f'{owner}.{name}' for path, name in zip(found, names)}
+    return named, unclear
+
+# %% ../../../nbs/reference/formats.ipynb #ed31edb7
+def _unpack(
+    A:Tensor,    # (experts·rank, in), sorted by expert
+    B:Tensor,    # (out, rank·experts), sorted by component
+    experts:int, # how many there are
+) -> dict[int, tuple[Tensor, Tensor]]: # number of the expert: A (rank, in), B (out, rank)
+    "The updates of single experts, without components that are zero in both factors"
+    A, B = A.reshape(experts, -1, A.shape[1]), B.reshape(len(B), -1, experts)
+    found = {}
+    for expert in range(experts):
+        a, b = A[expert], B[..., expert]
+        used = a.any(1) | b.any(0)
+        if used.any(): found[expert] = a[used], b[:, used]
+    return found
+
+# %% ../../../nbs/reference/formats.ipynb #5367d64e
+def _rank(
+    config:LoraConfig, # the adapter's settings
+    path:str,          # of a parameter
+) -> int:
+    "The rank of each expert's update, with PEFT's patterns"
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), path), config.r)
+
+# %% ../../../nbs/reference/formats.ipynb #117a2d25
+def _separate(
+    adapter:Adapter,   # with the factors of parameters as the file has them
+    names:Iterable[str], # paths of the parameters among its updates
+    config:LoraConfig, # its settings
+    file:Path,         # the file, for messages
+) -> Adapter:
+    "Make the updates of parameters those of experts, `PATH[N]`, and of modules; raises `ValueError` for a wrong rank"
+    for name in names:
+        A, B = adapter.updates.pop(name)
+        experts, rest = divmod(len(A), _rank(config, name))
+        if rest: raise ValueError(f'{file}: {name} has {len(A)} rows for rank {_rank(config, name)}: '
+                                  'the settings are those of another adapter')
+        owner, _, leaf = name.rpartition('.')
+        if experts == 1 and leaf == 'weight':
+            adapter.updates[owner], adapter.parameters[owner] = (A, B), Stored(turned=None)
+            continue
+        adapter.parameters[name] = Stored(experts, turned=None)
+        adapter.updates |= {f'{name}[{n}]': pair for n, pair in _unpack(A, B, experts).items()}
+    return adapter
+
 # %% ../../../nbs/reference/formats.ipynb #33bf3793
 def read_lora(
     tensors:dict[str, Tensor], # key in the file: tensor
@@ -187,7 +277,13 @@ def read_lora(
     file:Path,                 # the file, for messages
 ) -> Adapter:
     "LoRA (Hu et al. 2021): `ΔW = s B A`; raises `ValueError` naming the key or setting that is not understood"
-    return _with_scale(split_keys(tensors, file), lambda path, rank: _scale(config, path, rank), file)
+    pairs = split_keys(tensors, file)
+    named, unclear = _name_parameters(pairs, config)
+    parameters = {*named.values()}
+    def scale(path, rank): return _scale(config, path, _rank(config, path) if path in parameters else rank)
+    pairs = {named.get(path, path): pair for path, pair in pairs.items() if path not in unclear}
+    adapter = _separate(_with_scale(pairs, scale, file), named.values(), config, file)
+    return replace(adapter, skipped={path: _UNCLEAR for path in unclear})
 
 # %% ../../../nbs/reference/formats.ipynb #9ecb7ec0
 def read_adalora(
@@ -196,6 +292,7 @@ def read_adalora(
     file:Path,                 # the file, for messages
 ) -> Adapter:
     "AdaLoRA (Zhang et al. 2023): `ΔW = s B diag(E) A`, where s has the rank that training began with"
+    if config.target_parameters: raise ValueError(f'{file}: target_parameters of AdaLoRA are not carried')
     def scale(path, rank): return (config.lora_alpha if config.lora_alpha > 0 else rank)/(config.init_r + 1e-5)
     return _with_scale(split_keys(tensors, file, 'ABE'), scale, file)
 
@@ -210,7 +307,7 @@ def _kind(
 
 # %% ../../../nbs/reference/formats.ipynb #e19494c0
 _PLAIN_STARTS = ('true', 'false', 'gaussian', 'eva', 'orthogonal', 'mica')
-_NOT_CARRIED = ('target_parameters', 'layer_replication', 'use_qalora', 'ensure_weight_tying', 'use_bdlora',
+_NOT_CARRIED = ('layer_replication', 'use_qalora', 'ensure_weight_tying', 'use_bdlora',
                 'alora_invocation_tokens', 'arrow_config', 'kasa_config', 'monteclora_config')
 
 def check_config(
@@ -241,12 +338,41 @@ def _adapter_dir(
             raise FileNotFoundError(f'{name} has no {f}: give the directory of a PEFT adapter saved as safetensors')
     return Path(source)
 
+# %% ../../../nbs/reference/formats.ipynb #c94f1ce9
+_NAMES = 'lorasuite_names' # entry of the file's metadata: path in the file: path of the module, as JSON
+
+def _rename_key(
+    key:str,              # of a tensor in an adapter file
+    names:dict[str, str], # path before: path after
+) -> str:
+    "The key with another path of its module, if there is one"
+    path, mark, side = key.removeprefix(PREFIX).rpartition('.lora_')
+    return f'{PREFIX}{names[path]}{mark}{side}' if path in names else key
+
 # %% ../../../nbs/reference/formats.ipynb #e27d2508
 def _load_tensors(
     file:Path, # of an adapter
 ) -> dict[str, Tensor]:
     "The tensors of a file, floating-point numbers in float32; raises `ValueError` for a damaged file"
-    with parsing(file): return {k: t.float() if t.is_floating_point() else t for k, t in load_file(file).items()}
+    with parsing(file), safe_open(file, 'pt') as f:
+        names = json.loads((f.metadata() or {}).get(_NAMES, '{}'))
+        found = {_rename_key(key, names): f.get_tensor(key) for key in f.keys()}
+        return {k: t.float() if t.is_floating_point() else t for k, t in found.items()}
+
+# %% ../../../nbs/reference/formats.ipynb #convfn
+_CONVOLUTION = 'it updates a convolution, which lorasuite has no map for'
+
+def _path_of_factor(
+    key:str, # of a tensor in the file
+) -> str:
+    "The module that a factor belongs to"
+    return key.removeprefix(PREFIX).partition('.lora_')[0]
+
+def _convolutions(
+    factors:dict[str, Tensor], # key in the file: tensor
+) -> set[str]: # paths of modules
+    "The convolutions that an adapter updates"
+    return {_path_of_factor(key) for key, t in factors.items() if t.ndim > 2}
 
 # %% ../../../nbs/reference/formats.ipynb #553a629c
 def read(
@@ -261,38 +387,122 @@ def read(
     with parsing(file): rows = _token_rows(tensors, config, file)
     skipped = {k.removeprefix(PREFIX): _FULL for k in tensors if _full_weight(k)}
     factors = {k: t for k, t in tensors.items() if not _full_weight(k) and not k.endswith(_ROWS)}
+    convolutions = _convolutions(factors)
+    factors = {k: t for k, t in factors.items() if _path_of_factor(k) not in convolutions}
     adapter = READERS[_kind(config)](factors, config, file)
+    skipped = adapter.skipped | skipped | dict.fromkeys(convolutions, _CONVOLUTION)
     return replace(adapter, base=config.base_model_name_or_path or '', rows=rows, skipped=skipped)
+
+# %% ../../../nbs/reference/formats.ipynb #54b4ba13
+def _by_name(
+    adapter:Adapter, # what is to be written
+) -> set[str]: # paths
+    "The weights that PEFT addresses as parameters"
+    return {path for path, how in adapter.parameters.items() if not how.module}
 
 # %% ../../../nbs/reference/formats.ipynb #166b3aa8
 def _targets(
-    adapter:Adapter, # with a known depth or without
-) -> list[str]:
-    "The modules of an adapter: the last part of the path where every layer has that module, whole paths otherwise"
-    def leaf(path): return path.rpartition('.')[2]
-    count = Counter(map(leaf, adapter.updates))
-    everywhere = {name for name, n in count.items() if n == adapter.layers}
-    return sorted({leaf(p) if leaf(p) in everywhere else p for p in adapter.updates | adapter.embeddings})
+    adapter:Adapter, # what is to be written
+) -> tuple[list[str], list[str]]: # paths of modules, paths of parameters
+    "What PEFT must adapt: modules, and weights that it addresses as parameters"
+    paths = {split_expert(path)[0] for path in adapter.updates}
+    parameters = _by_name(adapter)
+    modules = (paths - parameters) | adapter.embeddings.keys()
+    named = {path if adapter.parameters[path].experts else f'{path}.weight' for path in paths & parameters}
+    return sorted(modules), sorted(named)
+
+# %% ../../../nbs/reference/formats.ipynb #18c2a7de
+def _ranks(
+    adapter:Adapter, # what is to be written
+) -> dict[str, int]: # target: rank
+    "The rank that each target needs"
+    ranks, parameters = {}, _by_name(adapter)
+    for path, (A, _) in (adapter.updates | adapter.embeddings).items():
+        target, expert = split_expert(path)
+        if expert is None and target in parameters: target += '.weight'
+        ranks[target] = max(ranks.get(target, 0), len(A))
+    return ranks
 
 # %% ../../../nbs/reference/formats.ipynb #e7d7e614
 def adapter_config(
     adapter:Adapter, # what is to be written
 ) -> LoraConfig:
-    "The settings with which PEFT applies an adapter: α = r for each module, so that PEFT's scale is one"
-    ranks = {p: len(A) for p, (A, _) in (adapter.updates | adapter.embeddings).items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
+    "The settings with which PEFT applies an adapter: α = r, so that PEFT's scale is one; `ValueError` for no update"
+    modules, parameters = _targets(adapter)
+    ranks = _ranks(adapter)
+    if not ranks: raise ValueError('the adapter updates no module, so that PEFT cannot hold it')
+    rank = Counter(ranks[target] for target in parameters or modules).most_common(1)[0][0]
     odd = {p: r for p, r in ranks.items() if r != rank}
     tokens = {p: ids.tolist() for p, (ids, _) in adapter.rows.items()}
     return LoraConfig(r=rank, lora_alpha=rank, rank_pattern=odd, alpha_pattern=dict(odd), lora_dropout=0.,
-                      task_type='CAUSAL_LM', inference_mode=True, target_modules=_targets(adapter),
-                      base_model_name_or_path=adapter.base, trainable_token_indices=tokens or None)
+                      task_type='CAUSAL_LM', inference_mode=True, target_modules=modules,
+                      target_parameters=parameters or None, base_model_name_or_path=adapter.base,
+                      trainable_token_indices=tokens or None)
+
+# %% ../../../nbs/reference/formats.ipynb #e994a972
+def _pack(
+    pairs:dict[int, tuple[Tensor, Tensor]], # number of the expert: A (rank, in), B (out, rank)
+    stored:Stored,                          # how PEFT holds the parameter
+) -> tuple[Tensor, Tensor]: # A (experts·rank, in), B (out, rank·experts); in and out change places if `turned`
+    "The updates of single experts in the order of PEFT's files"
+    if stored.turned: pairs = {n: (B.T, A.T) for n, (A, B) in pairs.items()}
+    some_A, some_B = next(iter(pairs.values()))
+    rank = max(len(A) for A, _ in pairs.values())
+    A = some_A.new_zeros(stored.experts, rank, some_A.shape[1])
+    B = some_B.new_zeros(len(some_B), rank, stored.experts)
+    for n, (a, b) in pairs.items():
+        A[n, :len(a)] = a
+        B[:, :len(a), n] = b
+    return A.flatten(0, 1), B.flatten(1)
+
+# %% ../../../nbs/reference/formats.ipynb #9c65f8f6
+def _nested(
+    parameters:Iterable[str], # paths of parameters of experts
+) -> dict[str, str]: # path of a parameter: path in the file
+    "The path of the wrapper that PEFT makes for each parameter"
+    owners = {}
+    for path in parameters: owners.setdefault(path.rpartition('.')[0], []).append(path)
+    def place(path): return [*PARAMETERS, path.rpartition('.')[2]].index(path.rpartition('.')[2])
+    return {path: owner + '.base_layer'*depth
+            for owner, paths in owners.items() for depth, path in enumerate(sorted(paths, key=place, reverse=True))}
+
+# %% ../../../nbs/reference/formats.ipynb #ebf79bf0
+def _packed(
+    adapter:Adapter, # what is to be written
+) -> dict[str, tuple[Tensor, Tensor]]: # path in the file: A, B
+    "The updates as the file has them; raises `ValueError` for experts of an unknown number"
+    pairs, stacks = {}, {}
+    for path, pair in adapter.updates.items():
+        parameter, expert = split_expert(path)
+        if expert is None: pairs[path] = pair
+        elif parameter in adapter.parameters: stacks.setdefault(parameter, {})[expert] = pair
+        else: raise ValueError(f'{path}: how many experts are there? '
+                               'Give the adapter and its model to translate_experts')
+    nested = _nested(stacks)
+    return pairs | {nested[path]: _pack(found, adapter.parameters[path]) for path, found in stacks.items()}
+
+# %% ../../../nbs/reference/formats.ipynb #fa3602f1
+def _other_names(
+    adapter:Adapter, # what is to be written
+) -> dict[str, str]: # path under which an update would stand: path in the file
+    "The updates that must stand in the file under another name"
+    files = {}
+    for path, how in adapter.parameters.items():
+        own, file = path, file_path(path, how)
+        if how.experts: own, file = own.rpartition('.')[0], file.rpartition('.')[0]
+        if file != own: files[own] = file
+    found = {}
+    for path in [*_packed(adapter), *adapter.embeddings]:
+        own = re.sub(r'(\.base_layer)+$', '', path)
+        if own in files: found[path] = files[own] + path.removeprefix(own)
+    return found
 
 # %% ../../../nbs/reference/formats.ipynb #ada33cf4
 def _adapter_tensors(
     adapter:Adapter, # what is to be written
 ) -> dict[str, Tensor]: # key: tensor
     "The tensors of an adapter under PEFT's keys, in float32"
-    pairs = {f'{PREFIX}{p}.lora_{{}}.weight': ab for p, ab in adapter.updates.items()}
+    pairs = {f'{PREFIX}{p}.lora_{{}}.weight': ab for p, ab in _packed(adapter).items()}
     pairs |= {f'{PREFIX}{p}.lora_embedding_{{}}': ab for p, ab in adapter.embeddings.items()}
     tensors = {key.format(s): t.float().contiguous().clone() for key, ab in pairs.items() for s, t in zip('AB', ab)}
     rows = {f'{PREFIX}{p}{_ROWS}': rows.contiguous().clone() for p, (_, rows) in adapter.rows.items()}
@@ -305,6 +515,9 @@ def write(
 ):
     "Write adapter_config.json, adapter_model.safetensors and README.md"
     adapter_config(adapter).save_pretrained(str(folder))
-    save_file(_adapter_tensors(adapter), folder/_WEIGHTS, metadata={'format': 'pt'})
+    names = _other_names(adapter)
+    tensors = {_rename_key(key, names): t for key, t in _adapter_tensors(adapter).items()}
+    metadata = {_NAMES: json.dumps({file: path for path, file in names.items()})} if names else {}
+    save_file(tensors, folder/_WEIGHTS, metadata={'format': 'pt'} | metadata)
     card = adapter.card or '---\nlibrary_name: peft\n---\n'
     (folder/'README.md').write_text(card, encoding='utf-8')
