@@ -58,10 +58,11 @@ SKIPPED = dict( # kind: what is skipped by name, by the end of its path; everyth
     falcon_h1={'mamba.out_proj'}, # PEFT refuses it
     gemma4={'per_layer_model_projection'}) # outside the blocks: what it computes enters every block
 
-def check_skipped(name, found):
+def check_skipped(name, found, adapter):
     "Only what is expected is skipped, and with a reason"
     ends = {re.sub(r'.*layers\.\d+\.|^model\.', '', what.partition(' (')[0]) for what in found}
-    assert ends == SKIPPED.get(name, set())
+    updated = ' '.join(adapter.updates)
+    assert ends == {end for end in SKIPPED.get(name, set()) if end in updated} # PEFT adapts not all of them
     assert all(found.values())
 
 @pytest.mark.parametrize('name', KINDS)
@@ -69,7 +70,7 @@ def test_every_update_is_carried_to_a_changed_model(name, pair, tokenizer, tmp_p
     old, new, _ = pair(name)
     adapter = random_updates(old)
     carried = transfer(adapter, align_saved(old, new, tokenizer, tmp_path))
-    check_skipped(name, carried.skipped)
+    check_skipped(name, carried.skipped, adapter)
     kept = without_skipped(adapter, carried.skipped)
     assert effect_error(old, new, kept, carried, tokens()) <= 1e-3
 
@@ -81,6 +82,7 @@ def test_adapters_of_PEFT_are_read_carried_and_written(name, pair, tokenizer, tm
     assert adapter.updates.keys() | adapter.skipped.keys() == true.keys()
     for path in adapter.updates: assert error(adapter.delta(path), true[path]) <= 1e-5
     carried = transfer(adapter, align_saved(old, new, tokenizer, tmp_path))
+    check_skipped(name, {path: why for path, why in carried.skipped.items() if path not in adapter.skipped}, adapter)
     kept = without_skipped(adapter, carried.skipped)
     carried.save(tmp_path/'carried')
     assert effect_error(old, new, kept, tmp_path/'carried', tokens()) <= 1e-3

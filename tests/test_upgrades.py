@@ -5,10 +5,10 @@ from functools import cache
 from pathlib import Path
 import pytest, torch
 from models import effect
-from lorasuite.core.adapter import Adapter
+from lorasuite.core.adapter import Adapter, update_energy
 from lorasuite.core.loading import load_model, load_skeleton
 from lorasuite.core.model import model_info
-from lorasuite.forecast.inspection import inspect, preview_transfer, update_energy
+from lorasuite.forecast.inspection import inspect, preview_transfer
 from lorasuite.lab.zoo import new_tokenizer
 from lorasuite.stages.alignment import align
 from lorasuite.stages.cka import probe_texts

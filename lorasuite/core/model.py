@@ -18,6 +18,7 @@ from torch import nn, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationMethod
 from .architecture import BlockArchitecture, detect_architectures, find_blocks, ROLE_SPACES, role_order
+from .architecture import text_decoder
 from .dry_run import in_features, normalises, out_features, parameter_modules
 from .experts import expert_stacks, ExpertStack, split_expert, Stored, stored_parameters, WeightNames
 
@@ -97,8 +98,7 @@ def _outside_parts(
 ) -> dict[str, nn.Module]: # path: module without others in it
     "What a text passes before and behind the blocks, and the output embedding"
     head = model.get_output_embeddings()
-    try: decoder = _path_of(model, model.get_decoder())
-    except Exception: decoder = '' # not every class can name it
+    decoder = _path_of(model, text_decoder(model))
     inside = lambda name: f'{name}.'.startswith(f'{decoder}.' if decoder else '') and not name.startswith(f'{stack}.')
     leaves = {n: m for n, m in model.named_modules() if not [*m.children()]}
     return {n: m for n, m in leaves.items() if inside(n) or m is head}
@@ -231,8 +231,7 @@ class Decoder:
     @property
     def body(self) -> nn.Module:
         "The part of the model that turns a text into what the output embedding reads"
-        try: body = self.model.get_decoder()
-        except Exception: return self.model # not every class can name it
+        body = text_decoder(self.model)
         return body if any(part is self.blocks for part in body.modules()) else self.model
 
     def read(self, ids:Tensor):
