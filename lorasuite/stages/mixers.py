@@ -254,11 +254,10 @@ def expert_similarity(
     new:Block,      # its partner in the other model
     read:Tensor,    # (hidden, hidden') read map
     write:Tensor,   # (hidden', hidden) write map
-    probes:int=16,  # random vectors that all experts are given
 ) -> Tensor: # (experts, experts')
     "cos of what experts add to the stream, and of the rows of the router by which they are chosen"
     g = torch.Generator().manual_seed(0)
-    X2 = torch.randn(read.shape[1], probes, generator=g).double()
+    X2 = torch.randn(read.shape[1], 16, generator=g).double()
     similarity = row_cosines(_expert_outputs(old, read@X2, write), _expert_outputs(new, X2))
     if not 'router' in {*old.roles} & {*new.roles}: return similarity
     return similarity + row_cosines(old.weight('router')@read, new.weight('router'))
