@@ -1,4 +1,4 @@
-.PHONY: demo test docs notebooks readme style zoo experiments budgets real hop census clean
+.PHONY: demo test docs notebooks readme style zoo experiments budgets real hop census census-oldest clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -56,6 +56,13 @@ real hop: .venv/real
 
 census: .venv/library
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/census.py --jobs 2
+
+census-oldest: build/oldest/bin/python
+	OMP_NUM_THREADS=1 $< benchmarks/census.py --jobs 2 --out lorasuite/data/census-oldest.json
+
+build/oldest/bin/python: $(SETTINGS)
+	python3 -m venv build/oldest
+	build/oldest/bin/pip --disable-pip-version-check install . torch==2.13.0 transformers==5.0.0 peft==0.18.0
 
 clean:
 	rm -rf .venv _docs build/lib build/bdist.* build/demo dist lorasuite-demo lorasuite.egg-info # build/lab and build/budgets stay: hours of runs

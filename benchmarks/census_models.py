@@ -77,7 +77,7 @@ def shrink(config:dict, hidden:int, layers:int, tower:bool=False) -> dict:
     old, wanted = layer_count(config), 2 if tower else layers
     lists = per_layer(config, old)
     kept = chosen_layers(lists, old, wanted) if old else []
-    small = {}
+    small = dict(pad_token_id=0) # some models of transformers 5.0 ask for it where their configuration has none
     for name, value in config.items():
         if isinstance(value, dict): small[name] = shrink_part(name, value, hidden, layers, tower)
         elif name in lists: small[name] = [value[i] for i in kept]
@@ -102,6 +102,7 @@ def small_rope(rope:dict) -> dict:
 
 def small_value(name:str, value, hidden:int, layers:int, config:dict):
     "The small value of one setting"
+    if name == 'use_mamba_kernels': return False # they are for GPUs
     if isinstance(value, bool) or value is None: return value
     if name in LAYERS: return layers if value > 2 or layers > 2 else value
     if name in WIDTHS:
@@ -138,13 +139,22 @@ def overrides(key:str, sizes:dict) -> dict: # setting: value
     found = OVERRIDES.get(key, OVERRIDES.get(key.removeprefix('multimodal/'), {}))
     return found(**sizes) if callable(found) else found
 
+OLD_SPELLINGS = dict(linear_attention='mamba', full_attention='attention')
+
+def as_spelled(small:dict, default:dict) -> dict:
+    "A configuration with kinds of layers as this version of transformers spells them for this architecture"
+    hybrid = any('mamba' in name for name in default)
+    lists = {name: small[name] for name in ('layer_types', 'layers_block_type') if small.get(name)}
+    old = [name for name in lists if 'mamba' in str(default.get(name) or hybrid*'mamba')]
+    return small | {name: [OLD_SPELLINGS.get(kind, kind) for kind in lists[name]] for name in old}
+
 def tiny_config(key:str, extra:dict, size:str='old') -> PreTrainedConfig:
     "The configuration of a tiny model"
     config, sizes = default_config(key), SIZES[size]
     small = shrink(config.to_dict(), **sizes)
     extra = extra(**sizes) if callable(extra) else extra
     small = deep_update(deep_update(small, overrides(key, sizes)), extra)
-    made = type(config).from_dict(small)
+    made = type(config).from_dict(as_spelled(small, config.to_dict()))
     made._attn_implementation = 'eager'
     return made
 

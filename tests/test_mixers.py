@@ -1,10 +1,12 @@
 """Oracles for kinds of parts: the changes keep what a model computes, and adapters are carried to the changed model"""
 import re, warnings
+from copy import deepcopy
 from functools import cache
 import pytest, torch
 from mixers import (KINDS, effect, effect_error, expert_parameters, merged_by_hand, peft_updates, random_adapter,
                     random_updates, without_skipped)
-from models import error, tokens
+from models import error, random_decoder, tokens
+from torch import nn
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.model import Decoder, model_info
 from lorasuite.stages.alignment import align
@@ -86,3 +88,29 @@ def test_adapters_of_PEFT_are_read_carried_and_written(name, pair, tokenizer, tm
     kept = without_skipped(adapter, carried.skipped)
     carried.save(tmp_path/'carried')
     assert effect_error(old, new, kept, tmp_path/'carried', tokens()) <= 1e-3
+
+class SeparateExperts(nn.Module):
+    "Experts that are modules of their own, of which each token passes one"
+    def __init__(self, mlp, experts=3):
+        super().__init__()
+        self.gate = nn.Linear(mlp.hidden_size, experts, bias=False)
+        self.experts = nn.ModuleList(deepcopy(mlp) for _ in range(experts))
+        for p in self.experts.parameters(): nn.init.normal_(p, std=.1)
+
+    def forward(self, x):
+        scores, choice = self.gate(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for n, expert in enumerate(self.experts): out[choice == n] = expert(x[choice == n])
+        return scores[..., None]*out
+
+def test_experts_that_are_modules_of_their_own_are_skipped_by_name(tokenizer):
+    old = random_decoder(tokenizer, layers=2)
+    old.model.model.layers[1].mlp = SeparateExperts(old.model.model.layers[1].mlp)
+    old = Decoder(old.model, tokenizer, 'separate')
+    adapter = random_updates(old.model)
+    carried = transfer(adapter, align(old, old, FEW))
+    experts = [path for path in adapter.updates if '.experts.' in path]
+    assert len(experts) == 9 and carried.skipped.keys() == {*experts} == adapter.updates.keys() - carried.updates.keys()
+    assert all('is part of an expert that is a module of its own' in why for why in carried.skipped.values())
+    kept = without_skipped(adapter, carried.skipped)
+    assert effect_error(old.model, old.model, kept, carried, tokens()) <= 1e-3

@@ -427,6 +427,23 @@ class BlockArchitecture:
         "Neurons of the MLP that every token passes"
         return len(self.rows.get('up', ()))
 
+# %% ../../nbs/reference/architecture.ipynb #sepfn
+_SEPARATE = 'is part of an expert that is a module of its own, and lorasuite matches experts that share one parameter only'
+
+def _separate_experts(
+    block:nn.Module,    # any
+    trace:Trace,        # of it
+) -> list[str]:
+    "The linear maps in a list of modules of which not all are given both tokens"
+    found = []
+    for path, part in block.named_modules():
+        if not isinstance(part, nn.ModuleList): continue
+        inside = [name for name, kind in trace.kinds.items() if kind == 'linear' and name.startswith(f'{path}.')]
+        rows = [sum(call.input[..., 0].numel() for call in trace.calls.get(name, [])) for name in inside]
+        if any(rows) and min(rows) < 2: found += inside
+    return found
+
+
 # %% ../../nbs/reference/architecture.ipynb #detect1
 class _Detection:
     "What is found out about one block, part by part"
@@ -439,7 +456,13 @@ class _Detection:
         self.again = partial(replay, block, self.kinds, call)
         self.trace = self.again()
         self.streams = _find_streams(self.trace)
+        self.found.unknown = dict.fromkeys(_separate_experts(block, self.trace), _SEPARATE)
         self.claimed = set() # modules of which all outputs have a role
+
+    @property
+    def linear(self) -> list[str]:
+        "The linear maps that may have a role"
+        return [name for name, kind in self.kinds.items() if kind == 'linear' and name not in self.found.unknown]
 
     def size(self, module:str) -> int|None:
         "Number of outputs of a module, `None` if it is no linear map"
@@ -515,7 +538,7 @@ def _add_mixers(
     found:_Detection,   # of a block
 ) -> dict[str, str]: # linear map that mixes tokens: a name for how, or nothing
     "Note the roles of all that writes to the stream but experts"
-    linear = [name for name, kind in found.kinds.items() if kind == 'linear' and name in found.trace.calls]
+    linear = [name for name in found.linear if name in found.trace.calls]
     writers = [name for name in linear if name in found.streams.writers]
     mixers = [name for name in writers if found.mixes(name)]
     names = {writer: _add_attention(found, writer) for writer in mixers}
@@ -719,8 +742,8 @@ def _detect_block(
     for path, kind in found.kinds.items():
         if kind == 'experts': _add_experts(found, path)
     taken = {*found.found.modules.values()}
-    for name, kind in found.kinds.items():
-        if kind == 'linear' and name not in taken: _add_other(found, name)
+    for name in found.linear:
+        if name not in taken: _add_other(found, name)
     _link_latents(found)
     _norms_behind(found)
     _add_router(found)
