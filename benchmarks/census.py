@@ -129,7 +129,8 @@ def runs(key:str, model:PreTrainedModel) -> bool:
 def make_adapter(key:str, folder:Path, place:Path) -> tuple[dict, list[str]]: # targets, what PEFT would not do
     "Write a random adapter of a model"
     base = read_model(key, folder)
-    before, plain = logits(key, base), plain_paths(base)
+    before = logits(key, base) if runs(key, base) else None
+    plain = plain_paths(base)
     base, model, refused = adapted(key, folder)
     if not runs(key, base):
         refused.append('the model with a LoRA on all linear maps does not run: only on plain ones')

@@ -77,7 +77,7 @@ def shrink(config:dict, hidden:int, layers:int, tower:bool=False) -> dict:
     old, wanted = layer_count(config), 2 if tower else layers
     lists = per_layer(config, old)
     kept = chosen_layers(lists, old, wanted) if old else []
-    small = dict(pad_token_id=0) # some models of transformers 5.0 ask for it where their configuration has none
+    small = dict(pad_token_id=0) if 'model_type' in config else {} # some models of transformers 5.0 ask for it
     for name, value in config.items():
         if isinstance(value, dict): small[name] = shrink_part(name, value, hidden, layers, tower)
         elif name in lists: small[name] = [value[i] for i in kept]
