@@ -130,6 +130,8 @@ def make_adapter(key:str, folder:Path, place:Path) -> tuple[dict, list[str]]: # 
     "Write a random adapter of a model"
     base = read_model(key, folder)
     before = logits(key, base) if runs(key, base) else None
+    if before is not None and not torch.equal(before, logits(key, read_model(key, folder))):
+        raise ValueError('a model that is read twice gives two answers')
     plain = plain_paths(base)
     base, model, refused = adapted(key, folder)
     if not runs(key, base):
@@ -282,7 +284,8 @@ def self_transfer(key:str, folder:Path, place:Path, targets:dict[str, Target]) -
     try: carried = carry(folder, folder, place)
     except Exception as e: return dict(verdict=outcome(e), why=failure(e))
     try: return judge(key, folder, place, targets, carried)
-    except Exception as e: return dict(verdict='crash', why=failure(e))
+    except Exception as e: why = failure(e)
+    return dict(verdict='crash' if runs(key, read_model(key, folder)) else 'build_failed', why=why)
 
 def other_size(key:str, extra:dict, folder:Path, place:Path) -> str:
     "Carry an adapter to a larger model of the same architecture"
