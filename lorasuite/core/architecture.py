@@ -428,7 +428,7 @@ class BlockArchitecture:
         return len(self.rows.get('up', ()))
 
 # %% ../../nbs/reference/architecture.ipynb #sepfn
-_SEPARATE = 'is part of an expert that is a module of its own, and lorasuite matches experts that share one parameter only'
+_SEPARATE = 'is part of an expert that is a module of its own; lorasuite matches experts that share one parameter'
 
 def _separate_experts(
     block:nn.Module,    # any
