@@ -74,6 +74,7 @@ class Adapter:
     rows:dict[str, tuple[Tensor, Tensor]]=field(default_factory=dict) # path: ids of trained tokens, rows (n, hidden)
     skipped:dict[str, str]=field(default_factory=dict) # what was left out: why, and what to do about it
     parameters:dict[str, Stored]=field(default_factory=dict) # weight that PEFT does not simply adapt: how it is held
+    magnitudes:dict[str, Tensor]=field(default_factory=dict) # path: (out,) m of DoRA; for all updates or for none
 
     def delta(self, path:str) -> Tensor: # (out, in)
         "The dense update of one module"
@@ -244,7 +245,7 @@ def name_for(
     names:WeightNames,  # of the model that it is meant for
 ) -> Adapter:
     "The adapter under the names of a model's weights; what has no place in them is named in `skipped`"
-    rename, parts = _renamer(names), ('updates', 'embeddings', 'rows', 'parameters')
+    rename, parts = _renamer(names), ('updates', 'embeddings', 'rows', 'parameters', 'magnitudes')
     renamed = {part: {rename(path): x for path, x in getattr(adapter, part).items()} for part in parts}
     found = translate_experts(replace(adapter, **renamed), names)
     skipped = _of_no_tower(found.updates, names)

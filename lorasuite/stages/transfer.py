@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['map_heads', 'transfer_update', 'split_by_role', 'fuse_updates', 'group_by_module', 'init_lora', 'unmatched_updates',
-           'in_float32', 'no_place', 'transfer']
+           'carry_updates', 'in_float32', 'no_place', 'transfer']
 
 # %% ../../nbs/course/12_transfer.ipynb #dedf85e4
 import math, os
@@ -268,6 +268,15 @@ def _transfer_blocks(
         found[pair.layers[1], role2] = balance(*transfer_update(role, A, B, pair))
     return found
 
+# %% ../../nbs/course/12_transfer.ipynb #carryupd
+def carry_updates(
+    adapter:Adapter,        # whose modules are named after the old model
+    alignment:Alignment,    # of the old model with the new
+) -> dict[str, tuple[Tensor, Tensor]]: # path in the new model: A, B in float64
+    "Carry the updates inside of blocks that have a place in the new model"
+    updates = split_by_role(adapter, alignment.old)[0]
+    return group_by_module(_transfer_blocks(updates, alignment), alignment.new)
+
 # %% ../../nbs/course/12_transfer.ipynb #d713c160
 def in_float32(
     updates:dict[str, tuple[Tensor, Tensor]], # path: A, B
@@ -289,6 +298,9 @@ def transfer(
 ) -> Adapter:
     "Carry an adapter to the new model; new layers get an untrained update, what has no place is named in `skipped`"
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+    if adapter.magnitudes:
+        from lorasuite.stages.dora import transfer_dora
+        return transfer_dora(adapter, alignment)
     adapter, new = adapter.named_for(alignment.old), alignment.new
     updates, outside = split_by_role(adapter, alignment.old)
     same = {path: adapter.updates[path] for path in outside if path in alignment.same_outside}
