@@ -202,4 +202,5 @@ def transfer_dora(
     updates = carried.updates | in_float32(found)
     magnitudes |= {path: _neutral(weight(path), updates[path]) for path in updates.keys() - found.keys()}
     magnitudes = {} if plain else {path: magnitudes[path].float() for path in updates}
-    return replace(carried, updates=updates, magnitudes=magnitudes, card=carried.card + _error_line(errors, rank, plain))
+    card = carried.card + _error_line(errors, rank, plain)
+    return replace(carried, updates=updates, magnitudes=magnitudes, card=card)
