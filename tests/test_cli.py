@@ -119,7 +119,7 @@ def test_inspect(hundred):
     assert said['sizes']['attention'] == ['MHA', 'GQA'] and said['shared_tokens'] == 512
     assert not said['notes'] and 'deep' not in said
     roles = {r: 4 for r in ROLES}
-    assert said['adapter'] == dict(updates=28, ranks=[16], roles=roles, layers_without_partner=0, energy=1.0,
+    assert said['adapter'] == dict(updates=28, ranks=[16], roles=roles, energy=1.0, energy_range=[1.0, 1.0],
                                    depends_on_weights=[], notes=[], skipped={})
     assert said['exact']
     back = run('inspect', 'zoo/new', 'zoo/old', '--deep')

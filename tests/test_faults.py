@@ -157,6 +157,12 @@ def keys(change):
         save_file({name: x.clone() for k, x in t.items() for name in change(k)}, folder/ADAPTER)
     return damage
 
+def renamed_module(folder):
+    "Another name of a module, in tensors and settings"
+    keys(lambda k: [k.replace('up_proj', 'upper')])(folder)
+    file = folder/'adapter_config.json'
+    file.write_text(file.read_text().replace('up_proj', 'upper'))
+
 def pickled_adapter(folder):
     "A pickle that would run a command, in place of the adapter"
     (folder/ADAPTER).unlink()
@@ -190,13 +196,13 @@ REQUESTS = dict(
     no_shared_token=(lambda w: ['align', 'zoo/old', copy(w, 'new', tokenizer(lambda t, i: (f'{t}~~', i)))],
                      'share no token'),
     too_deep=(adapter(keys(lambda k: [k.replace('layers.3', 'layers.9')])), 'updates model.layers.9'),
-    unknown_module=(adapter(keys(lambda k: [k.replace('up_proj', 'upper')])), 'mlp.upper, which zoo/old does not have'),
+    unknown_module=(adapter(renamed_module), 'mlp.upper, which zoo/old does not have'),
     unknown_key=(adapter(keys(lambda k: [k.replace('lora_', 'lara_')])), 'is not a LoRA update'),
-    two_adapters_in_a_file=(adapter(keys(twice)), '.first.weight is not a LoRA update'),
-    two_adapters=(adapter(two), 'has no adapter_config.json: give the directory of a PEFT adapter'),
+    two_adapters_in_a_file=(adapter(keys(twice)), 'holds 2 adapters (first, second): choose one by --adapter-name'),
+    two_adapters=(adapter(two), 'holds 2 adapters (first, second): choose one by --adapter-name'),
     adapter_unreadable=(adapter(text('adapter_config.json', b'{')), 'adapter_config.json is not readable'),
-    adapter_a_pickle=(adapter(pickled_adapter), 'has no adapter_model.safetensors: '
-                                                'give the directory of a PEFT adapter saved as safetensors'),
+    adapter_a_pickle=(adapter(pickled_adapter), 'adapter_model.bin holds more than tensors, and no code of a file '
+                                                'is run: save the adapter again as safetensors'),
     adapter_dangling=(adapter(in_place_of(ADAPTER, dangling)), 'has no adapter_model.safetensors'),
     texts_a_directory=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', w], 'Is a directory'),
     wrong_way_round=(lambda w: ['upgrade', 'zoo/new', 'zoo/old', 'zoo/adapter'], 'another model'),

@@ -14,6 +14,7 @@ from lorasuite.core.files import data_dir
 from lorasuite.core.model import pick_device
 from lorasuite.training.examples import encode
 from lorasuite.training.finetune import finetune, init_adapter
+from lorasuite.training.prompts import Prompts
 from lorasuite.training.trainer import check_packing, fit, plot_losses, Run, split_batch, watch_memory
 from lorasuite.cli import app
 
@@ -268,7 +269,7 @@ def launch(args):
 
 def cut_short(process, folder):
     "Kill a training when it has written its first checkpoint"
-    while not [*folder.glob('checkpoint-*/trainer_state.json')]:
+    while not [*folder.glob('checkpoint-*/sealed.json')]:
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(.01)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -283,7 +284,7 @@ def tensors(path):
 
 def test_two_processes_do_what_one_does_also_when_interrupted(work):
     cut_short(launch(command(work, 'two')), work/'.two-checkpoints')
-    assert {p.name for p in work.iterdir()} == {'data.jsonl', '.two-checkpoints'}
+    assert {p.name for p in work.iterdir()} == {'data.jsonl', '.two-checkpoints', '.two-lorasuite'}
     shutil.copytree(work/'.two-checkpoints', work/'.handed-over-checkpoints')
     two = launch(command(work, 'two'))
     whole = [json.loads(run(command(work, out))) for out in ('one', 'handed-over')]
@@ -322,7 +323,7 @@ def test_every_option_reaches_the_training(work, monkeypatch):
     rest = asked.pop('kwargs')
     assert len(asked.pop('data')) == 30 and asked.pop('decoder').layers == 4
     assert asked == dict(adapter=None, steps=None, lr=.1, rank=5, seed=6, epochs=2, batch_size=4, roles=['q', 'v'],
-                         train_on_inputs=True)
+                         train_on_inputs=True, prompts=Prompts())
     assert rest == dict(micro_batch=2, pack=True, checkpoints=work/'.out-checkpoints', progress=False, warmup_steps=3,
                         lr_scheduler_type='cosine', gradient_checkpointing=True, bf16=True, fp16=False)
 

@@ -1,12 +1,13 @@
 """Outputs that cannot be written, commands that are killed: no half is seen, and the same command can be given again"""
-import multiprocessing, os, resource, shutil, signal, sys, time
+import json, multiprocessing, os, resource, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 import pytest
 from models import error
 from safetensors.torch import load_file
 from typer.testing import CliRunner
-from lorasuite.core.files import atomic_directory, data_dir, lock_directory, remove_directory, temporary_directory
+from lorasuite.core.files import atomic_directory, data_dir, mark_directory, remove_directory, scratch_directory
 from lorasuite.stages.alignment import align
 from lorasuite.stages.transfer import transfer
 from lorasuite.cli import app
@@ -85,21 +86,98 @@ def test_refused_before_any_work(commands, tmp_path, monkeypatch, command, make,
     ('refresh', 1_000_000)])
 def test_the_disk_fills_up(commands, tmp_path, command, beyond):
     with disk_full(beyond): result = run(commands[command], tmp_path/'out')
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert result.exit_code == 2 and result.stderr.count('lorasuite: ') == 1
     assert f'cannot write {tmp_path}/' in result.stderr and 'make room' in result.stderr
     assert {p.name for p in tmp_path.iterdir()} <= {'.out-checkpoints'}
     assert run(commands[command], tmp_path/'out').exit_code == 0 and [p.name for p in tmp_path.iterdir()] == ['out']
 
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lorasuite.core.files import hold_output
+with hold_output(Path(sys.argv[1])) as place:
+    (place/'half').write_text('')
+    print('ready', flush=True)
+    time.sleep(600)
+"""
+
+@contextmanager
+def holder(out):
+    "Another process that makes an output; it is killed at the end"
+    other = subprocess.Popen([sys.executable, '-c', HOLDER, out], stdout=subprocess.PIPE, text=True)
+    try:
+        other.stdout.readline()
+        yield other
+    finally:
+        other.kill()
+        other.communicate()
+
 def test_only_what_a_killed_run_left_is_removed(tmp_path):
     (tmp_path/'.out-mine').mkdir()
-    live = temporary_directory(tmp_path/'out')
-    handle = lock_directory(live)
-    left = temporary_directory(tmp_path/'out')
-    (left/'half').write_text('')
-    with atomic_directory(tmp_path/'out') as tmp: assert {*tmp_path.iterdir()} == {tmp, live, tmp_path/'.out-mine'}
-    os.close(handle)
+    with holder(tmp_path/'out'): pass
+    assert (tmp_path/'.out-lorasuite'/'half').exists()
+    with holder(tmp_path/'out-lorasuite'): # another output, whose name begins alike
+        with atomic_directory(tmp_path/'out') as tmp:
+            assert {p.name for p in tmp_path.iterdir()} == {'.out-mine', '.out-lorasuite', '.out-lorasuite-lorasuite'}
+            assert not (tmp_path/'.out-lorasuite'/'half').exists()
     remove_directory(tmp_path/'out')
-    assert [p.name for p in tmp_path.iterdir()] == ['.out-mine']
+    assert (tmp_path/'out').is_dir() # an output has no mark: it is the user's
+    mark_directory(tmp_path/'out')
+    remove_directory(tmp_path/'out')
+    assert {p.name for p in tmp_path.iterdir()} == {'.out-mine', '.out-lorasuite-lorasuite'}
+
+@pytest.mark.parametrize('name', ['.out-lorasuite', '.out-checkpoints'])
+@pytest.mark.parametrize('command', ['finetune', 'refresh'])
+def test_what_the_user_made_is_left_alone(commands, tmp_path, name, command):
+    (tmp_path/name).mkdir()
+    (tmp_path/name/'thesis').write_text('mine')
+    result = run(commands[command], tmp_path/'out')
+    assert result.exit_code == 2 and f'{name} is in the way' in result.stderr
+    assert [p.name for p in tmp_path.rglob('*')] == [name, 'thesis']
+
+def test_a_second_run_is_told_who_makes_the_output(commands, tmp_path):
+    with holder(tmp_path/'out') as other:
+        result = run(commands['transfer'], tmp_path/'out')
+        assert result.exit_code == 2 and f'out is in use by process {other.pid} on ' in result.stderr
+    assert run(commands['transfer'], tmp_path/'out').exit_code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ['out']
+
+@pytest.mark.parametrize('umask', [0o022, 0o027, 0o002])
+def test_modes_follow_the_umask(commands, tmp_path, umask):
+    before = os.umask(umask)
+    try: assert run(commands['transfer'], tmp_path/'deep'/'out').exit_code == 0
+    finally: os.umask(before)
+    for path in (tmp_path/'deep').rglob('*'):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+def test_all_files_are_on_the_disk_before_the_name_is_there(commands, tmp_path, monkeypatch):
+    flushed, names = [], []
+    def fsync(handle): flushed.append(os.readlink(f'/proc/self/fd/{handle}').rpartition('/')[2])
+    rename = Path.rename
+    def renamed(path, to):
+        names.append((Path(to).name, {*flushed}))
+        return rename(path, to)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(Path, 'rename', renamed)
+    assert run(commands['transfer'], tmp_path/'out').exit_code == 0
+    (name, before), = names
+    assert name == 'out' and {'out', 'adapter_config.json', 'adapter_model.safetensors', 'README.md'} <= before
+    assert flushed[-1] == tmp_path.name
+
+def test_scratch_of_a_killed_run_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    (tmp_path/'lorasuite-mine').mkdir()
+    code = "import os\nfrom lorasuite.core.files import scratch_directory\nwith scratch_directory(): os._exit(9)"
+    subprocess.run([sys.executable, '-c', code], env=os.environ | dict(TMPDIR=str(tmp_path)))
+    assert len([*tmp_path.iterdir()]) == 2
+    with scratch_directory(): assert len([*tmp_path.iterdir()]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ['lorasuite-mine']
+
+def test_the_same_command_gives_the_same_bytes(commands, tmp_path):
+    for name in 'ab': assert run(commands['transfer'], tmp_path/name).exit_code == 0
+    for file in (tmp_path/'a').iterdir(): assert file.read_bytes() == (tmp_path/'b'/file.name).read_bytes(), file.name
+    targets = json.loads((tmp_path/'a'/'adapter_config.json').read_text())['target_modules']
+    assert len(targets) == 7 and targets == sorted(targets) # PEFT writes them in the order of a set, which is random
 
 # ---- killed at any moment
 

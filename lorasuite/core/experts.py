@@ -9,7 +9,7 @@ __all__ = ['PARAMETERS', 'split_expert', 'ExpertStack', 'expert_stacks', 'Stored
 # %% ../../nbs/reference/experts.ipynb #6f0967c7
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig, LoraModel
@@ -229,9 +229,10 @@ def _whole_rows(
 def join_updates(
     pairs:list[tuple[Tensor, Tensor]], # A (rank, in), B (out, rank), all of one weight
 ) -> tuple[Tensor, Tensor]: # A (sum of ranks, in), B (out, sum of ranks)
-    "The sum of updates as one update"
+    "The sum of updates as one update, of their own rank where they share A"
     if len(pairs) == 1: return pairs[0]
     A, B = zip(*pairs)
+    if all(torch.equal(A[0], a) for a in A): return A[0], sum(B)
     return torch.cat(A), torch.cat(B, 1)
 
 # %% ../../nbs/reference/experts.ipynb #97d2ce43
@@ -304,6 +305,22 @@ class WeightNames:
     stored:dict[str, Stored]        # weight that PEFT addresses as a parameter: how it is held
     modules:set[str]                # paths of modules
     transposed:set[str]             # paths of the linear maps that store their inputs first
+    shapes:dict[str, tuple[int, int]] # path of a module that PEFT simply adapts: (out, in)
+    roles:dict[str, dict[str, list[list[int]]]] = field(default_factory=dict) # module: role: its outputs, as runs
+
+    def all_modules(self) -> dict[str, tuple[int, int]|None]: # path: (out, in), or None for what is no such module
+        "The modules of the model, as `Adapter.modules` holds them"
+        return dict.fromkeys(sorted(self.modules)) | self.shapes
+
+# %% ../../nbs/reference/experts.ipynb #shapesfn
+def _linear_shapes(
+    modules:dict[str, nn.Module], # path: module
+    stored:dict[str, Stored],     # weights that PEFT does not simply adapt
+) -> dict[str, tuple[int, int]]: # path: (out, in)
+    "The shapes of the linear maps that PEFT adapts through their modules"
+    found = {path: m.weight.shape[::-1] for path, m in modules.items() if isinstance(m, Conv1D)}
+    found |= {path: (m.out_features, m.in_features) for path, m in modules.items() if isinstance(m, nn.Linear)}
+    return {path: tuple(shape) for path, shape in found.items() if path not in stored}
 
 # %% ../../nbs/reference/experts.ipynb #namesfn
 def weight_names(
@@ -312,7 +329,8 @@ def weight_names(
     "How a model names and holds the weights that adapters update"
     modules = dict(model.named_modules())
     transposed = {path for path, module in modules.items() if isinstance(module, Conv1D)}
-    return WeightNames(expert_stacks(model), stored_parameters(model), {*modules}, transposed)
+    stored = stored_parameters(model)
+    return WeightNames(expert_stacks(model), stored, {*modules}, transposed, _linear_shapes(modules, stored))
 
 # %% ../../nbs/reference/experts.ipynb #cad638cd
 def _turned_modules(

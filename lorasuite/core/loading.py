@@ -6,7 +6,7 @@
 __all__ = ['load_model', 'weight_hashes', 'load_skeleton', 'stored_weights']
 
 # %% ../../nbs/reference/loading.ipynb #696bf24b
-import copy, inspect, json, math, os, re
+import copy, inspect, json, math, os, re, warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,12 +16,12 @@ import torch, transformers
 from accelerate import cpu_offload, init_empty_weights
 from accelerate.hooks import remove_hook_from_module
 from huggingface_hub import get_safetensors_metadata, snapshot_download
-from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import safe_open, SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from .architecture import find_blocks
-from .files import resolve
+from transformers.utils.peft_utils import find_adapter_config_file
+from .architecture import find_blocks, text_decoder
+from .files import file_hash, resolve
 from .model import Decoder, pick_device, pick_dtype
 
 # %% ../../nbs/reference/loading.ipynb #1dc5bd9d
@@ -167,12 +167,30 @@ def _reading(
         kind = OSError if isinstance(e, OSError) else ValueError
         raise kind(f'cannot load a model and its tokenizer from {name}: {e}') from None
 
+# %% ../../nbs/reference/loading.ipynb #ec5a0f5b
+def _check_no_adapter(
+    name:str|os.PathLike,   # that was given as a model, for messages
+    source:str|os.PathLike, # its directory or Hub id
+):
+    "Raise `ValueError` for an adapter in place of a model, naming its base where that is known"
+    weights = [file for pattern in ('model*.safetensors', 'pytorch_model*.bin') for file in Path(source).glob(pattern)]
+    if weights and (Path(source)/'adapter_config.json').is_file():
+        warnings.warn(f'{name} holds a model and an adapter: the model is read without the adapter')
+    if weights: return
+    with _reading(name): file = find_adapter_config_file(str(source))
+    if not file: return
+    try: base = json.loads(Path(file).read_text(encoding='utf-8'))['base_model_name_or_path']
+    except (ValueError, KeyError, TypeError): base = ''
+    raise ValueError(f'{name} is an adapter, not a model: give the model that it was trained on'
+                     + (f' ({base})' if base else ''))
+
 # %% ../../nbs/reference/loading.ipynb #e8d2a0a6
 def _read_config(
     name:str|os.PathLike,   # of the model, for messages
     source:str|os.PathLike, # its directory or Hub id
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     "The configuration of a decoder-only language model, and the class to load it with"
+    _check_no_adapter(name, source)
     with _reading(name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         kind = _model_class(config)
@@ -191,6 +209,8 @@ def _token_rows(
                          'token embeddings): lorasuite carries adapters of decoder-only language models') from None
 
 # %% ../../nbs/reference/loading.ipynb #c6ae379f
+_NO_ADAPTER = 'no-adapter' # where transformers shall look for an adapter to put on the model
+
 def _read_checked(
     name:str|os.PathLike,  # a directory, `zoo/…`, or a Hub id
     dtype:torch.dtype|str, # of the weights
@@ -202,7 +222,8 @@ def _read_checked(
     with _reading(name):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, report = kind.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+            source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            adapter_kwargs=dict(subfolder=_NO_ADAPTER))
     _check_loaded(name, model, report)
     _check_tokenizer(name, tokenizer, _token_rows(name, model))
     return model.eval(), tokenizer
@@ -264,7 +285,8 @@ def _must_stay(
     stack, blocks = find_blocks(model)
     read = [f'{path}.{name}'.lstrip('.') for path, module in model.named_modules()
             for name, _ in module.named_children() if _reads(module, name)]
-    if _reaches_blocks(model, blocks[0], device): return read
+    asked = (model, text_decoder(model)) # the parts around the text model may read other weights
+    if all(_reaches_blocks(part, blocks[0], device) for part in asked): return read
     outside = [name for name, _ in model.named_modules() if name and not f'{name}.'.startswith(f'{stack}.')]
     return read + outside
 
@@ -342,13 +364,6 @@ def load_model(
         model = _offload(model, device, dtype) if lazy else model.to(device)
     return Decoder(model, tokenizer, name)
 
-# %% ../../nbs/reference/loading.ipynb #0af4fa57
-def _sha256(
-    file:Path, # any file
-) -> str: # 64 hexadecimal digits
-    "Hash of a file"
-    with file.open('rb') as f: return sha_fileobj(f).hex()
-
 # %% ../../nbs/reference/loading.ipynb #3876ce8c
 def weight_hashes(
     name:str, # a directory, `zoo/…`, or the Hub id of a model that has been fetched
@@ -359,7 +374,7 @@ def weight_hashes(
         if not folder.is_dir():
             folder = Path(snapshot_download(str(name), allow_patterns='*.safetensors', local_files_only=True))
     except (OSError, ValueError): return {}
-    return {f.name: _sha256(f) for f in sorted(folder.glob('*.safetensors'))}
+    return {f.name: file_hash(f) for f in sorted(folder.glob('*.safetensors')) if f.is_file()}
 
 # %% ../../nbs/reference/loading.ipynb #f8b1dcd8
 def load_skeleton(

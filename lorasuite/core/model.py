@@ -10,6 +10,7 @@ __all__ = ['Norm', 'read_norm', 'dequantize_on_cpu', 'pick_device', 'pick_dtype'
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 from unittest.mock import patch
 import torch
@@ -348,11 +349,15 @@ class BlockInfo:
 
     def fused_rows(self, module:str) -> dict[str, list[int]]:
         "The roles that a module of a block plays: role: its outputs in the module"
-        outputs = {}
-        for role in [role for role, name in self.modules.items() if name == module]:
-            runs = self.rows.get(role, [[0, self.shapes[role][0]]])
-            outputs[role] = [i for start, stop in runs for i in range(start, stop)]
-        return outputs
+        runs = {role: self.rows.get(role, [[0, self.shapes[role][0]]]) for role in self._roles_of.get(module, ())}
+        return {role: [i for start, stop in found for i in range(start, stop)] for role, found in runs.items()}
+
+    @cached_property
+    def _roles_of(self) -> dict[str, list[str]]:
+        "Module: its roles"
+        found = {}
+        for role, name in self.modules.items(): found.setdefault(name, []).append(role)
+        return found
 
     @classmethod
     def from_json(cls, kept:dict) -> 'BlockInfo':
@@ -435,13 +440,36 @@ class ModelInfo:
                   for layer, block in enumerate(self.blocks) for name, x in getattr(block, what).items()}
         return getattr(self, f'outside_{what}', {}) | inside
 
+    def roles_of_modules(self) -> dict[str, dict[str, list[list[int]]]]:
+        "The roles that each module of a block plays: path: role: its outputs in the module, as runs"
+        found = {}
+        for layer, block in enumerate(self.blocks):
+            for role, name in block.modules.items():
+                if split_expert(name)[1] is not None: continue
+                runs = block.rows.get(role, [[0, block.shapes[role][0]]])
+                found.setdefault(f'{self.stack}.{layer}.{name}', {})[role] = runs
+        return found
+
     def names(self) -> WeightNames:
         "How the model names and holds the weights that adapters update"
         inside = {f'{self.stack}.{layer}.{split_expert(name)[0]}' for layer, block in enumerate(self.blocks)
                   for name in [*block.modules.values(), *block.unknown]}
         transposed = {f'{self.stack}.{layer}.{name}' for layer, block in enumerate(self.blocks)
                       for name in block.transposed}
-        return WeightNames(self.everywhere('stacks'), self.everywhere('stored'), inside | {*self.outside}, transposed)
+        stored = self.everywhere('stored')
+        shapes = {path: shape for path, shape in self.module_shapes().items() if path not in stored}
+        return WeightNames(self.everywhere('stacks'), stored, inside | {*self.outside}, transposed, shapes,
+                           self.roles_of_modules())
+
+    def module_shapes(self) -> dict[str, tuple[int, int]]:
+        "The shapes (out, in) of the linear maps that play roles in the blocks; those of fused maps are added up"
+        found = {}
+        for layer, block in enumerate(self.blocks):
+            for role, name in block.modules.items():
+                if split_expert(name)[1] is not None: continue
+                path, (out, in_) = f'{self.stack}.{layer}.{name}', block.shapes[role]
+                found[path] = out + found.get(path, (0, 0))[0], in_
+        return found
 
     def stored_parameters(self, paths:Iterable[str]) -> dict[str, Stored]:
         "How those weights among `paths` are held that PEFT has no module for"

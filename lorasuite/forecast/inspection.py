@@ -6,23 +6,29 @@
 __all__ = ['expected_pairs', 'preview_transfer', 'shortened', 'text_report', 'InspectReport', 'inspect']
 
 # %% ../../nbs/reference/inspection.ipynb #69226c0b
-import os, warnings
+import json, os, warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from html import escape
+from pathlib import Path
 import torch
+from torch import Tensor
 from ..core.adapter import Adapter, update_energy
 from ..core.architecture import role_order
+from ..core.files import read_utf8, resolve
 from ..core.loading import load_model, load_skeleton, stored_weights
 from ..core.model import BlockInfo, Decoder, model_info, ModelInfo
 from ..core.tokens import shared_tokens
 from ..stages.alignment import align, warn_of_limits
 from ..stages.block_maps import split_role
 from ..stages.card import skipped_by_reason
-from ..stages.embeddings import unsupported_embeddings
+from ..stages.embeddings import check_tokens, unsupported_embeddings
 from ..stages.layer_mapping import alike_layers, layer_map
 from ..stages.mixers import is_inner
+from ..stages.pairing import base_doubt
 from ..stages.transfer import split_by_role
+from ..stages.whole_weights import expected_updates
 
 # %% ../../nbs/reference/inspection.ipynb #countmixers
 def _count_mixers(
@@ -94,6 +100,13 @@ def _likely_partners(
     allowed = alike_layers([old.blocks[layer].mixers], [block.mixers for block in new.blocks])[0].tolist()
     return [block for block, may in zip(new.blocks, allowed) if may]
 
+# %% ../../nbs/reference/inspection.ipynb #namesof
+def _names_of(
+    blocks:list[BlockInfo], # of a model
+) -> set[str]: # such as `q`, `router`, `experts.up`
+    "The roles that adapters can update in some blocks; experts by one name"
+    return {split_role(role)[0] for block in blocks for role in block.modules if not block.refused(role)}
+
 # %% ../../nbs/reference/inspection.ipynb #lostupdates
 def _lost_updates(
     adapter:Adapter,                # of the old model
@@ -104,86 +117,137 @@ def _lost_updates(
     paths, unsupported, lost = old.embedding_paths, unsupported_embeddings(old, new), {}
     for kind, updated in (('head', adapter.updates), ('embedding', adapter.embeddings)):
         if kind in unsupported and paths[kind] in updated: lost[paths[kind]] = unsupported[kind]
-    partners = {layer: _likely_partners(layer, old, new) for layer in {layer for layer, _ in updates}}
-    alone = {place: 'no layer of the new model works like its layer' for place in updates if not partners[place[0]]}
+    known = {layer: _names_of(_likely_partners(layer, old, new)) for layer in {layer for layer, _ in updates}}
+    alone = {place: 'no layer of the new model works like its layer' for place in updates if not known[place[0]]}
     for layer, role in [place for place in updates if place not in alone]:
         name = split_role(role)[0]
-        known = {split_role(other)[0] for block in partners[layer] for other in block.modules}
-        if name not in known: alone[layer, role] = f'the new model has no {name}'
+        if name not in known[layer]: alone[layer, role] = f'the new model has no {name}'
     return alone, lost
 
 # %% ../../nbs/reference/inspection.ipynb #sharefn
-def _expected_share(
-    updates:dict,                   # of the blocks: (layer, role): A, B
-    lost:dict[tuple[int, str], str],# layer and role of those without a place
-    old:Decoder, new:Decoder,       # both models
-    kept:float, gone:float,         # energy outside the blocks that is carried, that is not
-) -> float: # between 0 and 1
-    "Share of an adapter's energy that will be carried, where layers of a kind are equally likely to find a partner"
-    mixers, infos = [found.mixers for found in old.architectures], (model_info(old), model_info(new))
-    paired = Counter(mixers[l] for l, _ in expected_pairs(old, new))
-    total, count = kept + gone, Counter(mixers)
+def _energies(
+    updates:dict,   # of the blocks: (layer, role): A, B
+) -> dict[int, Counter]: # layer: role, experts by one name: energy
+    "The energy of an adapter by layer and role"
+    found = {}
     for (layer, role), update in updates.items():
-        energy, kind = update_energy(*update), mixers[layer]
-        total += energy
-        if (layer, role) in lost: continue
-        partners = _likely_partners(layer, *infos)
-        having = sum(role in block.modules for block in partners)/len(partners)
-        kept += energy*having*paired[kind]/count[kind]
-    return kept/max(total, 1e-30)
+        found.setdefault(layer, Counter())[split_role(role)[0]] += update_energy(*update)
+    return found
+
+
+# %% ../../nbs/reference/inspection.ipynb #placedfn
+def _placed_energy(
+    energies:dict[int, Counter],    # layer: role: energy
+    old:ModelInfo, new:ModelInfo,   # of both models
+) -> Tensor: # (layers, layers')
+    "How much of each old layer's energy has a place in each new layer; of fewer experts, a share"
+    names, E = [_names_of([block]) for block in new.blocks], torch.zeros(old.layers, new.layers).double()
+    for l, found in energies.items():
+        for l2, has in enumerate(names):
+            share = min(1, new.blocks[l2].experts/max(1, old.blocks[l].experts))
+            kept = {name: x for name, x in found.items() if name in has}
+            E[l, l2] = sum(x*share if name.startswith('experts.') else x for name, x in kept.items())
+    return E
+
+# %% ../../nbs/reference/inspection.ipynb #boundsfn
+def _energy_bounds(
+    E:Tensor,       # (layers, layers') as `_placed_energy` gives it
+    allowed:Tensor, # (layers, layers') bool: may the two be partners?
+) -> tuple[float, float, float]: # by relative depth, at least, at most
+    "The energy that pairs of layers carry"
+    depth, depth2 = (torch.linspace(0, 1, n) for n in E.shape)
+    pairings = (layer_map(S, allowed) for S in (-(depth[:, None] - depth2).abs(), -E, E))
+    return tuple(sum(E[pair].item() for pair in pairs) for pairs in pairings)
+
+# %% ../../nbs/reference/inspection.ipynb #outsidefn
+def _energy_report(
+    adapter:Adapter,            # of the old model
+    updates:dict,               # of its blocks: (layer, role): A, B
+    outside:Iterable[str],      # paths of what plays no role in a block
+    ends:Iterable[str],         # paths of embeddings whose updates have no place
+    old:Decoder, new:Decoder,   # both models
+) -> dict: # `energy`, a share that pairs of the same depth carry; `energy_range`, the least and the largest
+    "Which share of an adapter's energy will be carried"
+    infos, kinds = [model_info(d) for d in (old, new)], [[a.mixers for a in d.architectures] for d in (old, new)]
+    E = _placed_energy(_energies(updates), *infos)
+    near, least, most = _energy_bounds(E, alike_layers(*kinds))
+    sizes = {path: adapter.norm(path)**2 for path in adapter.updates | adapter.embeddings}
+    known = {*infos[0].embedding_paths.values()} - {*ends}
+    kept = sum(size for path, size in sizes.items() if path in known)
+    perhaps = sum(size for path, size in sizes.items() if path in outside and path in infos[1].outside)
+    total = max(sum(sizes.values()), 1e-30)
+    if old.name == new.name: near += perhaps
+    near, least, most = (min(1., (x + kept)/total) for x in (near, least, most + perhaps))
+    return dict(energy=near, energy_range=(least, most))
 
 # %% ../../nbs/reference/inspection.ipynb #expertnote
-def _expert_notes(
-    updates:dict,   # of the blocks: (layer, role): A, B
+_ALL_LINEAR = '`target_modules="all-linear"` of PEFT'
+
+def _adapter_notes(
+    adapter:Adapter,# of the old model
+    updates:dict,   # of its blocks: (layer, role): A, B
     old:ModelInfo,  # of the old model
 ) -> list[str]:
-    "What an adapter leaves out on a model with experts"
-    kinds = {split_role(role)[0] for _, role in updates}
-    if not any(block.experts for block in old.blocks) or any(kind.startswith('experts.') for kind in kinds): return []
-    router = ' but the router that chooses among them' if 'router' in kinds else ''
-    return [f'the adapter updates no routed expert{router}: `target_modules="all-linear"` of PEFT does not reach '
-            'experts in fused weights; name their parameters in `target_parameters`']
+    "What an adapter leaves out on a model with experts, and what its energy does not tell"
+    kinds, notes = {split_role(role)[0] for _, role in updates}, []
+    experts, has = any(kind.startswith('experts.') for kind in kinds), _names_of(old.blocks)
+    if adapter.magnitudes: notes.append('a DoRA: the energy is that of B A, without what the magnitudes add')
+    if 'experts.down' in has and not experts:
+        router = ' but the router that chooses among them' if 'router' in kinds else ''
+        notes.append(f'the adapter updates no routed expert{router}: {_ALL_LINEAR} does not reach '
+                     'experts in fused weights; name their parameters in `target_parameters`')
+    if 'experts.down' in has and 'down' in has and kinds & {'router', 'experts.down'} and 'down' not in kinds:
+        notes.append(f'the adapter updates no MLP of the layers without experts: {_ALL_LINEAR} passes them by '
+                     'where experts have the same names')
+    return notes
+
 
 # %% ../../nbs/reference/inspection.ipynb #eb03d0fb
 def preview_transfer(
     adapter:Adapter,    # an adapter
     old:Decoder,        # its base
     new:Decoder,        # where it shall go
-) -> dict: # `updates`: how many; `ranks`; how many of each role; `energy` carried; `skipped`, by reason; …
+) -> dict: # `updates`: how many; `ranks`; `roles`: how many; `energy` and its bounds; `skipped`, by reason; …
     "What of an adapter will be transferred; raises `ValueError` if it belongs to another model"
     a, b = model_info(old), model_info(new)
     adapter = adapter.named_for(a)
+    check_tokens(adapter, a)
     updates, outside = split_by_role(adapter, a)
     lost, ends = _lost_updates(adapter, updates, a, b)
     inside = {f'{a.path(layer, role)} ({role})': why for (layer, role), why in lost.items()}
-    known = {*a.embedding_paths.values(), *outside}
-    sizes = {path: adapter.norm(path)**2 for path in adapter.updates | adapter.embeddings if path in known}
-    gone = sum(size for path, size in sizes.items() if path in outside | ends)
-    skipped = replace(adapter, skipped=adapter.skipped | outside | ends | inside)
+    perhaps = {path for path in outside if path in b.outside}
+    gone = {path: why for path, why in outside.items() if path not in perhaps}
+    whole = expected_updates(adapter, old)
+    kept = {name: whole.get(name.replace('.base_layer.', '.'), why) for name, why in adapter.skipped.items()}
+    skipped = replace(adapter, skipped=kept | gone | ends | inside)
     of_role = Counter(split_role(role)[0] for _, role in updates)
     inner = {role for layer, role in updates if (layer, role) not in lost and is_inner(a.blocks[layer].spaces[role])}
     return dict(updates=len(adapter.updates) + len(adapter.embeddings),
                 ranks=sorted({len(A) for A, _ in updates.values()}),
                 roles={role: of_role[role] for role in role_order(of_role)},
-                layers_without_partner=old.layers - len(expected_pairs(old, new)),
-                energy=_expected_share(updates, lost, old, new, sum(sizes.values()) - gone, gone),
-                depends_on_weights=sorted(inner), notes=_expert_notes(updates, a),
+                **_energy_report(adapter, updates, outside, ends, old, new),
+                depends_on_weights=sorted(inner | perhaps), notes=_adapter_notes(adapter, updates, a),
                 skipped=skipped_by_reason(skipped))
 
 # %% ../../nbs/reference/inspection.ipynb #6969bd91
 def _inspect_weights(
     old:str|os.PathLike,                # the old model
     new:str|os.PathLike,                # the new one
-    adapter:str|os.PathLike|None=None,  # of the old model
+    adapter:Adapter|None=None,          # of the old model
     inputs:list[dict]|None=None,        # questions of its task
+    prompts=None,                       # how both models are asked, as `Prompts` or a pair of them
 ) -> dict: # fit of the transfer matrix, pairs of layers, signs, advice
     "What only the weights tell, and with questions the answers: how near the two models are, and what to do"
     from lorasuite.forecast.advice import advise
-    from lorasuite.forecast.diagnostics import diagnose, relatedness
+    from lorasuite.forecast.diagnostics import compare_forms, diagnose, relatedness
+    from lorasuite.training.prompts import prompts_of_both
     a, b = (load_model(m, lazy=not inputs) for m in (old, new))
     alignment = align(a, b)
-    found = diagnose(a, b, alignment, Adapter.load(adapter), inputs) if inputs else relatedness(a, b, alignment)
-    return dict(fit=alignment.fit, layers=alignment.layers) | found | dict(advice=advise(found))
+    if not inputs: found, losses = relatedness(a, b, alignment), {}
+    else:
+        found = diagnose(a, b, alignment, adapter, inputs, prompts)
+        losses = dict(prompt_losses=compare_forms(a, adapter, inputs, prompts_of_both(prompts)[0]))
+    return dict(fit=alignment.fit, layers=alignment.layers) | found | losses | dict(advice=advise(found))
 
 # %% ../../nbs/reference/inspection.ipynb #e5a40d41
 def _size_lines(report:dict) -> list[str]:
@@ -209,12 +273,17 @@ def _adapter_lines(a:dict) -> list[str]:
     "What of the adapter will be transferred"
     ranks = ', '.join(map(str, a['ranks']))
     roles = ', '.join(f'{role} {n}' for role, n in a['roles'].items())
-    fate = 'some will be skipped' if a['skipped'] else 'all will be carried'
-    if a['layers_without_partner']: fate = f"{a['layers_without_partner']} layers' updates will be left out"
+    least, most = (round(100*bound) for bound in a['energy_range'])
+    fate = 'all may be carried' if most == 100 else 'some will be skipped'
+    if least == 100: fate = 'all will be carried'
+    if a['skipped']: fate = 'some will be skipped'
+    near = f"{a['energy']:.0%} if layers of the same depth are partners, which the weights decide; "
+    share = f'{least}%' if least == most else f'{near}at least {least}%, at most {most}%'
     lines = [f"adapter: {a['updates']} updates of rank {ranks} ({roles}), {fate}",
-             f"energy (Σ‖ΔW‖²) that will be carried: {a['energy']:.0%}"]
+             f'energy (Σ‖ΔW‖²) that will be carried: {share}']
     if a['depends_on_weights']:
-        lines += [f"carried only if their channels match, which the weights tell: {', '.join(a['depends_on_weights'])}"]
+        perhaps = shortened(a['depends_on_weights'])
+        lines += [f'carried only if both models match there, which the weights tell: {perhaps}']
     lines += [f'note: {note}' for note in a['notes']]
     return lines + [f"skipped, {why}: {shortened(what)}" for why, what in a['skipped'].items()]
 
@@ -223,14 +292,57 @@ def _deep_lines(d:dict) -> list[str]:
     "The signs in the weights, and the advice"
     from lorasuite.forecast.advice import text_advice
     pairs = ', '.join(f'{i}→{j}' for i, j in d['layers'])
+    from lorasuite.forecast.diagnostics import unlike_form
+    unlike = unlike_form(d['prompt_losses']) if 'prompt_losses' in d else None
     return [f"transfer matrix: R² {d['fit']['r2']:.3f}",
             f"layers: {pairs}; CKA {d['cka_chosen']:.2f}, of all other pairs {d['cka_others']:.2f}",
             f"heads: similarity {d['heads_chosen']:.2f}, of all other pairs {d['heads_others']:.2f}",
-            text_advice(d['advice'])]
+            *([f'warning: {unlike}'] if unlike else []), text_advice(d['advice'])]
 
 # %% ../../nbs/reference/inspection.ipynb #exactline
 _EXACT = {True: 'an exact transfer is possible: it is one if the new model computes what the old one does',
           False: 'no transfer can be exact, for the reasons above'}
+
+# %% ../../nbs/reference/inspection.ipynb #60523292
+_CHAT_WORDS = ('apply_chat_template', 'chat_template', '<|im_start|>', '[INST]', '<start_of_turn>', 'ShareGPT')
+
+def _form_notes(
+    folder:Path,    # of an adapter
+    own:str|None,   # chat template that its base is asked through; `None` for a plain prompt
+) -> list[str]:
+    "What the files beside an adapter say against the form that it will be asked in"
+    def read(name): return read_utf8(folder/name) if (folder/name).is_file() else ''
+    try: brought = read('chat_template.jinja') or json.loads(read('tokenizer_config.json') or '{}').get('chat_template')
+    except (ValueError, AttributeError): brought = None
+    readme = read('README.md')
+    if isinstance(brought, str) and brought.strip() and brought != own:
+        return ['the adapter brings a chat template that is not the one it will be asked with: see --chat-template']
+    if not own and any(word in readme for word in _CHAT_WORDS):
+        return ['the README of the adapter speaks of chats, but the old model has no template: see --chat-template']
+    if own and '### Instruction' in readme:
+        return ['the README of the adapter speaks of a plain prompt (Alpaca), but it is asked by chats: see --prompt']
+    return []
+
+def _asked_forms(
+    old:Decoder, new:Decoder,           # both models
+    adapter:Adapter|None,               # of the old model
+    inputs:list[dict],                  # questions of its task
+    prompts,                            # how both models are asked, as `Prompts` or a pair of them
+) -> dict: # `old` and `new`: `form` and `first` prompt; `notes`
+    "How both models will be asked; raises `ValueError` for a question that does not fit"
+    from lorasuite.training.prompts import prompts_of_both, Renderer
+    both = [Renderer.of(d, p) for d, p in zip((old, new), prompts_of_both(prompts))]
+    shown = {side: dict(form=str(r), first=r.text(inputs[0])) for side, r in zip(('old', 'new'), both)}
+    source = adapter.source.get('name') if adapter else None
+    folder, template = Path(resolve(source) if source else '/nowhere'), both[0].template
+    own = template and old.tokenizer.get_chat_template(template.source)
+    return shown | dict(notes=_form_notes(folder, own))
+
+def _prompt_lines(prompts:dict) -> list[str]:
+    "The first prompt as both models will see it"
+    lines = [f"the {side} model is asked by its {prompts[side]['form']}: {prompts[side]['first'][-400:]!r}"
+             for side in ('old', 'new')]
+    return lines + [f'warning: {note}' for note in prompts['notes']]
 
 # %% ../../nbs/reference/inspection.ipynb #878bbca5
 def text_report(
@@ -241,6 +353,7 @@ def text_report(
     if report.get('adapter'): lines += _adapter_lines(report['adapter'])
     lines += [f'note: {note}' for note in report['notes']]
     if 'exact' in report: lines += [_EXACT[report['exact']]]
+    if report.get('prompts'): lines += _prompt_lines(report['prompts'])
     if report.get('deep'): lines += _deep_lines(report['deep'])
     return '\n'.join(lines)
 
@@ -267,18 +380,24 @@ class InspectReport(dict):
 def inspect(
     old:str|os.PathLike,                # the model that adapters were trained on
     new:str|os.PathLike,                # the model that they shall be transferred to
-    adapter:str|os.PathLike|None=None,  # an adapter of the old model
+    adapter:str|os.PathLike|Adapter|None=None, # an adapter of the old model
     deep:bool=False,                    # read the weights too, and find the maps?
-    inputs:list[dict]|None=None,        # with `deep`: questions of the task, with `instruction` and maybe `input`
-) -> InspectReport: # `old`, `new`, `sizes`, `shared_tokens`, `notes`; maybe `adapter`; maybe `deep`: signs and advice
+    inputs:list[dict]|None=None,        # questions of the task: how are they put? With `deep`, how are they answered?
+    prompts=None,                       # how both models are asked, as `Prompts` or a pair of them
+) -> InspectReport: # `old`, `new`, `sizes`, `shared_tokens`, `notes`; maybe `adapter`, `prompts`, `deep`: signs, advice
     "What an upgrade changes and what will be transferred; raises `ValueError` for a model or adapter that is refused"
-    if inputs is not None and not (adapter and deep):
-        raise ValueError('questions are asked of an adapter and both models: give an adapter, and deep=True (--deep)')
+    if inputs is not None and deep and not adapter:
+        raise ValueError('questions are asked of an adapter and both models: give an adapter')
     a, b = load_skeleton(old), load_skeleton(new)
     sizes = _size_table(a, b) | dict(weights=(_weight_count(old), _weight_count(new)))
     shared = len(shared_tokens(a, b)[0])
     report = dict(old=a.name, new=b.name, sizes=sizes, shared_tokens=shared, notes=_limits(a, b, shared))
-    if adapter: report['adapter'] = preview_transfer(Adapter.load(adapter), a, b)
-    report['exact'] = not report['notes'] and not report.get('adapter', {}).get('skipped')
-    if deep: report['deep'] = _inspect_weights(old, new, adapter, inputs)
+    adapter = adapter if isinstance(adapter, Adapter) or not adapter else Adapter.load(adapter)
+    if adapter:
+        report['adapter'] = preview_transfer(adapter, a, b)
+        report['adapter']['notes'] += filter(None, [base_doubt(adapter, old)])
+    found = report.get('adapter', dict(skipped={}, energy_range=(1, 1)))
+    report['exact'] = not report['notes'] and not found['skipped'] and found['energy_range'][1] > .9995
+    if inputs: report['prompts'] = _asked_forms(a, b, adapter, inputs, prompts)
+    if deep: report['deep'] = _inspect_weights(old, new, adapter, inputs, prompts)
     return InspectReport(report)

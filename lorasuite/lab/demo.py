@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from ..core.adapter import Adapter
 from ..core.block import read_block
-from ..core.files import atomic_directory, check_output, data_dir, remove_directory
+from ..core.files import atomic_directory, check_output, data_dir, is_ours, mark_directory, remove_directory
 from ..stages.alignment import align
 from ..stages.head_mapping import head_similarity, plot_head_map
 from ..stages.layer_mapping import plot_layer_map
@@ -263,7 +263,7 @@ def demo(
 ) -> list[MethodResult]:
     "Transfer the shipped adapter from `zoo/old` to `zoo/new` and compare; writes results.json, plots and adapter/"
     out, begin = Path(out), time.perf_counter()
-    if not (out/'results.json').is_file(): check_output(out)
+    if not is_ours(out): check_output(out)
     models = tiny_upgrade('new')
     old_size, new_size = (f'{parameter_count(m)/1e6:.2f} million parameters' for m in (models.old, models.new))
     say(f'Carrying an adapter from zoo/old ({old_size}) to its successor zoo/new ({new_size})')
@@ -273,6 +273,7 @@ def demo(
     advice = advise(signs)
     remove_directory(out)
     with atomic_directory(out) as tmp:
+        mark_directory(tmp)
         save_plots(tmp, done, experiment)
         best.save(tmp/'adapter')
         results = dict(old='zoo/old', new='zoo/new', arms=[result.row() for result in done], advice=advice)

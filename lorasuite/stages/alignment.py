@@ -101,6 +101,7 @@ class Alignment:
     cka:Tensor                              # (layers, layers') similarity that the layers were chosen by
     fit:dict = field(default_factory=dict)  # shared tokens, R² and condition of the transfer matrix
     same_outside:list[str] = field(default_factory=list) # modules outside the blocks that are equal in both models
+    checksum:str = ''                       # of its files, once they were read or asked for
 
     @property
     def pairs(self) -> list[Pair]:

@@ -167,6 +167,20 @@ def _without_magnitudes(
     updates = {path: ab for path, ab in adapter.updates.items() if path != head}
     return replace(found, updates=updates, skipped=adapter.skipped | {head: _HEAD})
 
+# %% ../../nbs/course/27_dora.ipynb #dorazero
+_ZEROS = 'its weight has rows of zeros, by whose length DoRA would divide: carry it as a plain LoRA'
+
+def _drop_zero_rows(
+    adapter:Adapter,    # with magnitudes
+    carried:dict,       # the modules that were carried, among its updates
+) -> Adapter: # magnitudes in float32
+    "Leave out modules with a magnitude of zero; those that were carried by name"
+    bad = {path for path, m in adapter.magnitudes.items() if not m.all()}
+    updates = {path: ab for path, ab in adapter.updates.items() if path not in bad}
+    magnitudes = {path: adapter.magnitudes[path].float() for path in updates}
+    skipped = adapter.skipped | dict.fromkeys(sorted(bad & carried.keys()), _ZEROS)
+    return replace(adapter, updates=updates, magnitudes=magnitudes, skipped=skipped)
+
 # %% ../../nbs/course/27_dora.ipynb #doranote
 def _error_line(
     errors:dict[str, float],    # path of a module: relative error of its update
@@ -200,7 +214,7 @@ def transfer_dora(
     for path, (A, B) in _carry_dense(replace(bare, magnitudes=adapter.magnitudes), alignment, old, progress):
         found[path], magnitudes[path], errors[path] = _fit_module(weight(path), A, B, rank, plain)
     updates = carried.updates | in_float32(found)
-    magnitudes |= {path: _neutral(weight(path), updates[path]) for path in updates.keys() - found.keys()}
-    magnitudes = {} if plain else {path: magnitudes[path].float() for path in updates}
     card = carried.card + _error_line(errors, rank, plain)
-    return replace(carried, updates=updates, magnitudes=magnitudes, card=card)
+    if plain: return replace(carried, updates=updates, card=card)
+    magnitudes |= {path: _neutral(weight(path), updates[path]) for path in updates.keys() - found.keys()}
+    return _drop_zero_rows(replace(carried, updates=updates, magnitudes=magnitudes, card=card), found)

@@ -123,13 +123,15 @@ def _check_update(
     check_shape(path, (len(B), A.shape[1]), (outputs, inputs), name)
 
 # %% ../../nbs/course/12_transfer.ipynb #0285bad9
+_OUTSIDE = 'it lies outside the blocks of the text model'
+
 def _why_outside(
     path:str,       # of a module that plays no role in a block
     old:ModelInfo,  # of the old model
 ) -> str:
     "Why its update cannot be carried; raises `ValueError` for what the old model does not have"
     whole = split_expert(path)[0]
-    if whole in {*old.outside, *old.outside_stacks}: return 'it lies outside the blocks of the text model'
+    if whole in {*old.outside, *old.outside_stacks}: return _OUTSIDE
     why = old.everywhere('unknown').get(whole)
     if not why and whole in old.everywhere('stacks'): why = 'is an expert without a role'
     if why: return f'lorasuite does not understand it: it {why}'
@@ -291,27 +293,40 @@ def no_place(
     "The error for an adapter of which nothing can be carried"
     return ValueError(f"nothing of the adapter has a place in the new model: {'; '.join(sorted({*skipped.values()}))}")
 
+# %% ../../nbs/course/12_transfer.ipynb #innew
+def _in_new(
+    path:str,       # of a module that plays no role in a block of the old model
+    why:str,        # its update is skipped
+    new:ModelInfo,  # of the new model
+) -> str:
+    "The reason, with what the new model has in that place"
+    if why != _OUTSIDE: return why
+    return f'{why}, and the new model has {"another weight" if path in new.outside else "no such module"} there'
+
 # %% ../../nbs/course/12_transfer.ipynb #95a88d48
 def transfer(
     adapter:str|os.PathLike|Adapter,    # an adapter of the old model
     alignment:Alignment,                # of the old model with the new
+    plain_rank:int|None=None,           # carry a DoRA as the nearest LoRA of this rank; by default it stays a DoRA
 ) -> Adapter:
     "Carry an adapter to the new model; new layers get an untrained update, what has no place is named in `skipped`"
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     if adapter.magnitudes:
         from lorasuite.stages.dora import transfer_dora
-        return transfer_dora(adapter, alignment)
+        return transfer_dora(adapter, alignment, plain_rank, plain_rank is not None)
+    if plain_rank is not None: raise ValueError(f'plain_rank={plain_rank} is for a DoRA, which the adapter is not')
     adapter, new = adapter.named_for(alignment.old), alignment.new
     updates, outside = split_by_role(adapter, alignment.old)
     same = {path: adapter.updates[path] for path in outside if path in alignment.same_outside}
     blocks = group_by_module(_transfer_blocks(updates, alignment) | _new_layers(updates, alignment), new)
     head, table, unsupported = transfer_embeddings(adapter, alignment)
     rows, unknown = transfer_rows(adapter, alignment)
-    outside = {path: why for path, why in outside.items() if path not in same}
+    outside = {path: _in_new(path, why, new) for path, why in outside.items() if path not in same}
     skipped = outside | unsupported | unmatched_updates(updates, alignment) | unknown
-    if not blocks | same | head | table | rows: raise no_place(skipped)
+    if not blocks | same | head | table | rows: raise no_place(adapter.skipped | skipped)
     carried = Adapter(in_float32(blocks | same | head), new.name, new.layers, embeddings=in_float32(table),
                       rows={path: (ids, X.float()) for path, (ids, X) in rows.items()},
-                      skipped=adapter.skipped | skipped, parameters=new.stored_parameters(blocks | same | head | table))
+                      skipped=adapter.skipped | skipped, parameters=new.stored_parameters(blocks | same | head | table),
+                      modules=new.names().all_modules())
     carried.card = model_card(adapter, carried, alignment)
     return carried

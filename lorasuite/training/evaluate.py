@@ -7,15 +7,17 @@ __all__ = ['MATCHES', 'CHAIN_OF_THOUGHT', 'COMMONSENSE', 'Score', 'paired_differ
            'last_number', 'same_number', 'same_letter', 'same_choice', 'bits_per_byte', 'check_tasks', 'benchmark']
 
 # %% ../../nbs/course/15_evaluate.ipynb #06e09bc3
-import difflib, math, re, time
-from collections.abc import Callable
+import difflib, math, re, time, warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 import torch
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 from ..core.adapter import Adapter
 from ..core.model import Decoder
-from .examples import prompt
+from .prompts import ask_all, drop_thoughts, Prompts, Renderer
 
 # %% ../../nbs/course/15_evaluate.ipynb #d3414af4
 @dataclass
@@ -59,26 +61,80 @@ def _cut_answer(
     "The answer in a continuation"
     return (text if stop is None else text.strip().split(stop)[0]).strip()
 
+# %% ../../nbs/course/15_evaluate.ipynb #e2aad3d1
+_HARMLESS = {'_from_model_config', 'transformers_version', 'bos_token_id', 'eos_token_id', 'pad_token_id', 'use_cache',
+             'max_length', 'max_new_tokens', 'output_attentions', 'output_hidden_states', 'return_dict_in_generate'}
+
+def _warn_of_wishes(
+    wishes:GenerationConfig, # of a model
+):
+    "Say what of a generation config is ignored"
+    asked = {key: value for key, value in wishes.to_diff_dict().items() if key not in _HARMLESS and value is not None}
+    said = ', '.join(f'{key} {value}' for key, value in sorted(asked.items()))
+    if asked: warnings.warn(f'answers are greedy: what generation_config.json asks for is ignored ({said:.300})')
+
+# %% ../../nbs/course/15_evaluate.ipynb #99c12265
+def _end_ids(
+    tokenizer,              # of the model
+    wishes:GenerationConfig,# of the model
+    ends:Sequence[int],     # at which an answer is over besides
+) -> list[int]|None: # `None` where nothing ends an answer but its length
+    "All tokens that end an answer"
+    theirs = wishes.eos_token_id if isinstance(wishes.eos_token_id, list) else [wishes.eos_token_id]
+    known = [i for i in [*theirs, *ends, tokenizer.eos_token_id] if isinstance(i, int) and 0 <= i < len(tokenizer)]
+    return sorted({*known}) or None
+
+# %% ../../nbs/course/15_evaluate.ipynb #495cea9c
+@contextmanager
+def _greedy(
+    model,                  # a causal language model, with or without an adapter
+    tokenizer,              # its tokenizer
+    max_new_tokens:int,     # longest answer, in tokens
+    ends:Sequence[int],     # tokens at which an answer is over, besides its own
+) -> Iterator[GenerationConfig]:
+    "Set a model's generation config aside: `generate` would take from it whatever ours leaves open"
+    inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    wishes = inner.generation_config
+    _warn_of_wishes(wishes)
+    inner.generation_config = GenerationConfig(
+        do_sample=False, use_cache=True, max_new_tokens=max_new_tokens, pad_token_id=_pad_id(tokenizer),
+        eos_token_id=_end_ids(tokenizer, wishes, ends))
+    try: yield inner.generation_config
+    finally: inner.generation_config = wishes
+
+def _pad_id(tokenizer) -> int:
+    "What fills up a prompt; the model does not see it"
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+# %% ../../nbs/course/15_evaluate.ipynb #910ec0d7
+def _left_padded(
+    prompts:list[list[int]],    # token ids
+    pad:int,                    # what fills up
+) -> tuple[torch.Tensor, torch.Tensor]: # (n, longest) token ids; 1 where there is a prompt
+    "Prompts that all end at the right edge"
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad]*(longest - len(p)) + p for p in prompts])
+    return ids, torch.tensor([[0]*(longest - len(p)) + [1]*len(p) for p in prompts])
+
 # %% ../../nbs/course/15_evaluate.ipynb #2c3d164e
 @torch.no_grad()
 def generate(
     model,                  # a causal language model, with or without an adapter
     tokenizer,              # its tokenizer
-    prompts:list[str],      # what to continue
+    prompts:list[str]|list[list[int]], # what to continue: texts or token ids
     max_new_tokens:int=16,  # longest answer, in tokens
     batch_size:int=128,     # prompts at a time
     progress:bool=False,    # show a progress bar?
     stop:str|None='\n',     # where a continuation is cut; `None` keeps it whole
+    ends:Sequence[int]=(),  # tokens at which an answer is over, besides those that the model names
 ) -> list[str]: # the continuations
-    "Continue prompts greedily"
-    texts = []
-    settings = dict(do_sample=False, use_cache=True, max_new_tokens=max_new_tokens,
-                    pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    for i in tqdm(range(0, len(prompts), batch_size), disable=not progress):
-        batch = tokenizer(prompts[i:i+batch_size], padding=True, padding_side='left', return_tensors='pt')
-        batch = batch.to(model.device)
-        out = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **settings)
-        texts += tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
+    "Continue prompts greedily, whatever the model's generation config asks for"
+    prompts, texts = [tokenizer(p).input_ids if isinstance(p, str) else p for p in prompts], []
+    with _greedy(model, tokenizer, max_new_tokens, ends) as config:
+        for i in tqdm(range(0, len(prompts), batch_size), disable=not progress):
+            ids, mask = (t.to(model.device) for t in _left_padded(prompts[i:i+batch_size], config.pad_token_id))
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            texts += tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
     return [_cut_answer(t, stop) for t in texts]
 
 # %% ../../nbs/course/15_evaluate.ipynb #1734bc89
@@ -89,17 +145,32 @@ def exact_match(
     "Are they the same, letter by letter?"
     return said == answer
 
+# %% ../../nbs/course/15_evaluate.ipynb #e1b612f1
+def _answer_limits(
+    renderer:Renderer,  # of the model
+    data:list[dict],    # examples with `answer`
+) -> dict: # `max_new_tokens`, `stop` and `ends`, for `generate`
+    "Where an answer ends; raises `ValueError` for an example without one"
+    for number, e in enumerate(data, 1):
+        if 'answer' not in e: raise ValueError(f'example {number} has no answer to compare with')
+    answers = renderer.tokenizer([e['answer'] for e in data], add_special_tokens=False).input_ids
+    longest = max(16, *(len(ids) + 2 for ids in answers), 512 if renderer.thinks else 0)
+    return dict(max_new_tokens=longest, stop=None if renderer.template else '\n', ends=renderer.ends)
+
 # %% ../../nbs/course/15_evaluate.ipynb #62fad39b
 def evaluate(
     decoder:Decoder,                # the base model
-    data:list[dict],                # examples with `instruction`, `input` and `answer`
+    data:list[dict],                # examples with `answer`, as `load_data` gives them
     adapter:Adapter|None=None,      # attached for the evaluation
     match:Callable[[str, str], bool]=exact_match, # is what was said the expected answer?
+    prompts:Prompts|None=None,      # how it is asked; by default through its chat template, if it has one
     **kwargs,                       # passed to `generate`
 ) -> Score:
-    "Ask every question and count the right answers"
-    def ask(model): return generate(model, decoder.tokenizer, [prompt(e) for e in data], **kwargs)
-    start = time.perf_counter()
+    "Ask every question and count the right answers; raises `ValueError` naming an example that cannot be asked"
+    renderer, start = Renderer.of(decoder, prompts), time.perf_counter()
+    asked = ask_all(renderer, data)
+    kwargs = _answer_limits(renderer, data) | kwargs
+    def ask(model): return [drop_thoughts(a) for a in generate(model, decoder.tokenizer, asked, **kwargs)]
     if adapter is None: answers = ask(decoder.model)
     else:
         with adapter.on(decoder) as model: answers = ask(model)

@@ -12,8 +12,11 @@ from dataclasses import replace
 import torch
 from peft import get_peft_model, LoraConfig
 from ..core.adapter import Adapter, attach
+from ..core.experts import weight_names
 from ..core.model import Decoder
-from .examples import encode
+from ..stages.card import tuned_card
+from .prompts import encode_all, Prompts, Renderer
+from .settings import check_training
 from .trainer import fit, Run
 
 # %% ../../nbs/course/14_finetune.ipynb #858c8a6b
@@ -28,18 +31,16 @@ def init_adapter(
         raise ValueError(f'{decoder.name} has no {", ".join(unknown)}: its roles are {", ".join(decoder.roles)}')
     config = LoraConfig(r=rank, lora_alpha=2*rank, target_modules=decoder.target_names(roles), task_type='CAUSAL_LM')
     with attach(decoder, lambda: get_peft_model(decoder.model, config)) as model: adapter = Adapter.from_peft(model)
-    return Adapter(adapter.updates, decoder.name, decoder.layers)
+    return Adapter(adapter.updates, decoder.name, decoder.layers, modules=weight_names(decoder.model).all_modules())
 
 # %% ../../nbs/course/14_finetune.ipynb #72a3544b
-def _tuned_card(
-    card:str,       # model card of the adapter at the start
+def _tuning_line(
     examples:int,   # how many it was tuned on
     steps:int,      # optimiser steps
     lr:float,       # peak learning rate
-) -> str: # empty where there was no card
-    "The model card with a line on the tuning"
-    line = f'Tuned afterwards on {examples:,} labelled examples: {steps:,} steps at a learning rate of {lr:g}.'
-    return card and f'{card}\n{line}\n'
+) -> str:
+    "What the model card says of the tuning"
+    return f'Tuned afterwards on {examples:,} labelled examples: {steps:,} steps at a learning rate of {lr:g}.'
 
 # %% ../../nbs/course/14_finetune.ipynb #441702a4
 def finetune(
@@ -55,21 +56,25 @@ def finetune(
     roles:Sequence[str]|None=None,  # which projections a fresh LoRA updates; all by default
     train_on_inputs:bool=False,     # learn the questions too?
     validation:list[dict]|None=None,# examples whose loss is measured on the way
+    prompts:Prompts|None=None,      # how the model is asked; by default through its chat template, if it has one
     method:Callable|None=None,      # makes a callback with `finish` from the PEFT model, e.g. `LoRA2`
     **kwargs,                       # passed to `fit`
 ) -> tuple[Adapter, Run]: # the tuned adapter, the loss at every step
     "Tune an adapter on labelled examples (LoRASuite, arXiv 2505.13515, section 3.4)"
-    def encoded(e): return e if 'input_ids' in e else encode(e, decoder.tokenizer, train_on_inputs)
+    check_training(epochs=epochs, steps=steps, lr=lr, rank=rank, seed=seed, batch_size=batch_size)
+    renderer = Renderer.of(decoder, prompts)
     steps = math.ceil(epochs*len(data)/batch_size) if steps is None else steps
     torch.manual_seed(seed)
     adapter = adapter or init_adapter(decoder, rank, roles)
     if not steps: return adapter, Run()
-    rows = [encoded(e) for e in data]
-    kwargs |= dict(seed=seed, validation=[encoded(e) for e in validation or ()])
+    rows = encode_all(renderer, data, train_on_inputs)
+    kwargs |= dict(seed=seed, validation=encode_all(renderer, validation or (), train_on_inputs))
     with adapter.on(decoder, trainable=True) as model:
         tuners = [method(model)] if method else []
         run = fit(model, rows, decoder.tokenizer, steps, lr, batch_size, callbacks=tuners, **kwargs)
         for tuner in tuners: tuner.finish()
         tuned = Adapter.from_peft(model)
-    card = _tuned_card(adapter.card, len(data), steps, lr)
-    return replace(tuned, base=decoder.name, layers=decoder.layers, card=card, skipped=adapter.skipped), run
+    card = tuned_card(adapter, decoder.name, _tuning_line(len(data), steps, lr))
+    modules = weight_names(decoder.model).all_modules()
+    return replace(tuned, base=decoder.name, layers=decoder.layers, card=card, skipped=adapter.skipped,
+                   modules=modules, weights=adapter.weights), run

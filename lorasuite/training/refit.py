@@ -7,10 +7,11 @@ __all__ = ['MAX_POSITIONS', 'RIDGE_STRENGTHS', 'ridge_towards', 'paired_position
            'best_refit']
 
 # %% ../../nbs/course/19_refit.ipynb #6c040c02
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from ..core.adapter import Adapter, balance
 from ..core.model import Decoder
@@ -19,7 +20,7 @@ from ..stages.block_maps import split_role
 from ..stages.cka import matching_positions, read_texts
 from ..stages.transfer import group_by_module, in_float32, split_by_role, transfer, transfer_update
 from .evaluate import evaluate
-from .examples import prompt
+from .prompts import ask_all, Prompts, prompts_of_both, question_key, question_places, Renderer
 
 # %% ../../nbs/course/19_refit.ipynb #d48a2247
 def ridge_towards(
@@ -47,17 +48,33 @@ def _common_positions(
 # %% ../../nbs/course/19_refit.ipynb #94fad300
 MAX_POSITIONS = 2000 # of all texts together, about
 
+# %% ../../nbs/course/19_refit.ipynb #87b0c58e
+def _reader(
+    decoder:Decoder,        # a model
+    prompts:Prompts|None,   # how it is asked
+) -> Callable[[list], tuple[Tensor, list]]: # texts or questions: token ids (texts, longest), spans of each one's tokens
+    "How a model reads texts as they stand, and questions through its prompt"
+    renderer = Renderer.of(decoder, prompts)
+    def read(texts):
+        if isinstance(texts[0], str): return read_texts(decoder, texts, longest=512)
+        found = [question_places(renderer, e) for e in texts]
+        ids = pad_sequence([torch.tensor(ids) for ids, _ in found], batch_first=True)
+        return ids.to(decoder.device), [spans for _, spans in found]
+    return read
+
 # %% ../../nbs/course/19_refit.ipynb #e82d41b4
 def paired_positions(
     old:Decoder, new:Decoder,   # two models
-    texts:list[str],            # of each, at most 512 tokens are read
+    texts:list[str]|list[dict], # texts, or questions to put to each model; of each, at most 512 tokens are read
     batch_size:int=16,          # texts at a time
+    prompts:Prompts|tuple|None=None, # how both models are asked, or a pair
 ) -> tuple[list, list]: # for each model and batch: token ids (texts, longest), positions (n,) counted through the batch
     "Texts as both models read them, and where they meet; raises `ValueError` if they never do"
-    texts, batches, batches2 = sorted(texts, key=len), [], []
+    texts = sorted(texts, key=lambda t: len(t if isinstance(t, str) else question_key(t)))
+    readers, batches, batches2 = [_reader(*pair) for pair in zip((old, new), prompts_of_both(prompts))], [], []
     share = -(-MAX_POSITIONS*batch_size//len(texts))
     for i in range(0, len(texts), batch_size):
-        (ids, spans), (ids2, spans2) = (read_texts(d, texts[i:i+batch_size], longest=512) for d in (old, new))
+        (ids, spans), (ids2, spans2) = (read(texts[i:i+batch_size]) for read in readers)
         met = _common_positions(spans, spans2)
         if not len(met): continue
         text, at, at2 = met[torch.linspace(0, len(met)-1, min(len(met), share)).long()].T
@@ -118,15 +135,16 @@ def refit(
     adapter:Adapter,            # of the old model
     alignment:Alignment,        # of the old model with the new
     old:Decoder, new:Decoder,   # both models
-    texts:list[str],            # of the kind that the adapter is for, such as questions without answers
+    texts:list[str]|list[dict], # of the kind that the adapter is for: texts, or questions to put to each model
     strength:float=.1,          # how strongly the transferred rows hold: 0 not at all
     progress:bool=False,        # show progress bars?
+    prompts:Prompts|tuple|None=None, # how both models are asked, or a pair
 ) -> Adapter:
     "Transfer an adapter whose updates read on the new model what they read on the old; `ValueError` without texts"
     if not texts: raise ValueError('no texts: give some of the kind that the adapter is for')
     adapter, carried = adapter.named_for(alignment.old), transfer(adapter, alignment)
     updates, fitted = split_by_role(adapter, alignment.old)[0], {}
-    batches, batches2 = paired_positions(old, new, texts)
+    batches, batches2 = paired_positions(old, new, texts, prompts=prompts)
     pairs = _fitted_pairs(updates, alignment)
     read = record_inputs(old, adapter, batches, [(pair.layers[0], role) for pair, role in pairs], progress)
     read2 = record_inputs(new, carried, batches2, [(pair.layers[1], role) for pair, role in pairs], progress)
@@ -153,20 +171,36 @@ def agreement(
 # %% ../../nbs/course/19_refit.ipynb #82098a1c
 RIDGE_STRENGTHS = (.1, 10.) # that `best_refit` tries
 
+# %% ../../nbs/course/19_refit.ipynb #55b85821
+def _shared_texts(
+    old:Decoder, new:Decoder,   # both models
+    questions:list[dict],       # of the task
+    prompts:Prompts|tuple|None, # how both models are asked, or a pair
+) -> list[str]|list[dict]:
+    "The prompts, where both models read the same; else the questions"
+    renderers = [Renderer.of(*pair) for pair in zip((old, new), prompts_of_both(prompts))]
+    texts, texts2 = ([renderer.text(e) for e in questions] for renderer in renderers)
+    return texts if texts == texts2 else questions
+
 # %% ../../nbs/course/19_refit.ipynb #bcc670ca
 def best_refit(
     adapter:Adapter,            # of the old model
     alignment:Alignment,        # of the old model with the new
     old:Decoder, new:Decoder,   # both models
-    inputs:list[dict],          # questions of the task, with `instruction` and maybe `input`
+    inputs:list[dict],          # questions of the task, as `load_data` gives them
     progress:bool=False,        # show progress bars?
+    prompts:Prompts|tuple|None=None, # how both models are asked, or a pair; by default as each is made for
 ) -> Adapter:
-    "The transferred or refitted adapter that answers most like the old specialist; `ValueError` for under 3 inputs"
+    "The transferred or refitted adapter that answers most like the old specialist; `ValueError` for unfit inputs"
     if len(inputs) < 3:
         raise ValueError(f'{len(inputs)} questions are too few to fit on some and choose by others: give some dozens')
-    texts = [prompt(e) for e in inputs[::3]]
+    if adapter.magnitudes: raise ValueError('a DoRA cannot be refitted on questions: transfer it without them')
+    first, second = prompts_of_both(prompts)
+    for decoder, options in ((old, first), (new, second)): ask_all(Renderer.of(decoder, options), inputs)
+    texts = _shared_texts(old, new, inputs[::3], prompts)
     asked = [e | dict(answer='') for i, e in enumerate(inputs) if i % 3]
     candidates = [transfer(adapter, alignment)]
-    candidates += [refit(adapter, alignment, old, new, texts, s, progress) for s in RIDGE_STRENGTHS]
-    taught = evaluate(old, asked, adapter, progress=progress).answers
-    return max(candidates, key=lambda a: agreement(evaluate(new, asked, a, progress=progress).answers, taught))
+    candidates += [refit(adapter, alignment, old, new, texts, s, progress, prompts) for s in RIDGE_STRENGTHS]
+    taught = evaluate(old, asked, adapter, prompts=first, progress=progress).answers
+    def agrees(a): return agreement(evaluate(new, asked, a, prompts=second, progress=progress).answers, taught)
+    return max(candidates, key=agrees)

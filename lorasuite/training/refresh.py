@@ -7,8 +7,9 @@ __all__ = ['SOFT_WEIGHT', 'pseudo_label', 'token_texts', 'teacher_top_k', 'load_
            'token_starts', 'continuations', 'project_to_vocabulary', 'SoftTargetLoss', 'student_targets', 'refresh']
 
 # %% ../../nbs/course/20_refresh.ipynb #2020a115
-import hashlib, os
+import hashlib, json, os
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -23,10 +24,11 @@ from ..core.adapter import Adapter
 from ..core.files import atomic_directory, writing
 from ..core.model import Decoder
 from ..core.tokens import bytes_to_id, id_to_bytes
+from ..stages.card import tuned_card
 from .evaluate import generate
-from .examples import encode, prompt
 from .finetune import finetune
-from .trainer import Run
+from .prompts import ask_all, drop_thoughts, Prompts, question_key, Renderer, with_answer
+from .trainer import hash_tensors, Run
 
 # %% ../../nbs/course/20_refresh.ipynb #8aec3c88
 def _is_usable(
@@ -45,13 +47,16 @@ def pseudo_label(
     inputs:list[dict],                  # with `instruction` and maybe `input`
     max_new_tokens:int=64,              # longest answer, in tokens
     stop:str|None=None,                 # what ends an answer, where the end token does not
+    renderer:Renderer|None=None,        # of the model; by default that of its tokenizer
     **kwargs,                           # passed to `generate`
-) -> list[dict]: # examples with the model's answer as `output`; those without a finished answer are left out
+) -> list[dict]: # examples with the model's answer; those without a finished answer are left out
     "Let a specialist answer; raises `ValueError` if no answer is usable"
     if not inputs: raise ValueError('no inputs: the old specialist needs questions, without answers')
-    answers = generate(model, tokenizer, [prompt(e) for e in inputs], max_new_tokens, stop=stop, **kwargs)
-    examples = [dict(instruction=e['instruction'], input=e.get('input') or '', output=a, answer=a)
-                for e, a in zip(inputs, answers) if _is_usable(a, tokenizer, max_new_tokens)]
+    renderer = renderer or Renderer(tokenizer)
+    asked = ask_all(renderer, inputs, room=max_new_tokens)
+    answers = generate(model, tokenizer, asked, max_new_tokens, stop=stop, ends=renderer.ends, **kwargs)
+    if renderer.prompts.thinking != 'keep': answers = [*map(drop_thoughts, answers)]
+    examples = [with_answer(e, a) for e, a in zip(inputs, answers) if _is_usable(a, tokenizer, max_new_tokens)]
     if not examples:
         raise ValueError(f'the old specialist left all {len(inputs):,} inputs unanswered, or did not finish within '
                          f'{max_new_tokens} tokens: is this its adapter, are the inputs of its kind, '
@@ -60,20 +65,22 @@ def pseudo_label(
 
 # %% ../../nbs/course/20_refresh.ipynb #1960cd14
 def _token_bytes(
-    tokenizer:PreTrainedTokenizerBase, # of a teacher or a student
-) -> dict[int, bytes]: # id: bytes; none for the end token
+    tokenizer:PreTrainedTokenizerBase,  # of a teacher or a student
+    ends:Sequence[int]=(),              # tokens that end an answer, besides the end token
+) -> dict[int, bytes]: # id: bytes; none for those that end an answer
     "The bytes of every token"
-    return id_to_bytes(tokenizer) | {tokenizer.eos_token_id: b''}
+    return id_to_bytes(tokenizer) | {i: b'' for i in (tokenizer.eos_token_id, *ends)}
 
 # %% ../../nbs/course/20_refresh.ipynb #b508e0cf
 def token_texts(
     tokenizer:PreTrainedTokenizerBase,  # of the teacher
     stop:str|None=None,                 # what ends an answer besides the end token
+    ends:Sequence[int]=(),              # tokens that end an answer, besides the end token
 ) -> dict[int, bytes]: # id: bytes; none for the end
     "What each token says in an answer; special tokens say nothing"
     said = {i: b for i, b in id_to_bytes(tokenizer).items() if i not in tokenizer.all_special_ids}
     if stop: said = {i: b.split(stop.encode())[0] for i, b in said.items()}
-    return said | {tokenizer.eos_token_id: b''}
+    return said | {i: b'' for i in (tokenizer.eos_token_id, *ends)}
 
 # %% ../../nbs/course/20_refresh.ipynb #4e94ba37
 def _top_k_texts(
@@ -104,22 +111,44 @@ def _answer_options(
     return dict(tokens=[words[t] for t in tokens.tolist()],
                 options=[[*o] for o in options], chances=[[*o.values()] for o in options])
 
+# %% ../../nbs/course/20_refresh.ipynb #a99682d4
+def _answer_length(
+    labels:Sequence[int],   # tokens that are learned
+    ends:Sequence[int],     # tokens that end an answer
+) -> int: # how many tokens, with the end
+    "The length of an answer up to its last end token"
+    return max((i + 1 for i, label in enumerate(labels) if label in ends), default=len(labels))
+
+# %% ../../nbs/course/20_refresh.ipynb #cd853947
+def _up_to_end(
+    row:dict,           # an encoded example
+    ends:Sequence[int], # tokens that end an answer
+) -> dict:
+    "An encoded example whose last answer alone is learned, up to its end"
+    ids, labels = row['input_ids'], row['labels']
+    last = max((i + 1 for i, label in enumerate(labels) if label != -100), default=0)
+    start = max((i + 1 for i, label in enumerate(labels[:last]) if label == -100), default=0)
+    stop = start + _answer_length(labels[start:last], ends)
+    return dict(input_ids=ids, labels=[-100]*start + labels[start:stop] + [-100]*(len(ids) - stop))
+
 # %% ../../nbs/course/20_refresh.ipynb #1f1e48a3
 @torch.no_grad()
 def teacher_top_k(
     model,                              # a causal language model with its adapter on
     tokenizer:PreTrainedTokenizerBase,  # its tokenizer
-    examples:list[dict],                # with `output`s
+    examples:list[dict],                # with answers
     top:int=16,                         # likeliest tokens to keep at every position
     stop:str|None=None,                 # what ends an answer, where the end token does not
     batch_size:int=32,                  # examples at a time
     progress:bool=False,                # show a progress bar?
+    renderer:Renderer|None=None,        # of the model; by default that of its tokenizer
 ) -> list[dict]: # for each example its answer's `tokens`, and at each of them the `options` and their `chances`
     "What a model expects at each token of its answers"
-    words, said = _token_bytes(tokenizer), token_texts(tokenizer, stop)
+    renderer = renderer or Renderer(tokenizer)
+    words, said = _token_bytes(tokenizer, renderer.ends), token_texts(tokenizer, stop, renderer.ends)
     pad, notes = DataCollatorForSeq2Seq(tokenizer, padding=True), []
     for i in tqdm(range(0, len(examples), batch_size), disable=not progress):
-        batch = pad([encode(e, tokenizer) for e in examples[i:i+batch_size]]).to(model.device)
+        batch = pad([_up_to_end(renderer.encode(e), renderer.ends) for e in examples[i:i+batch_size]]).to(model.device)
         logits = model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits
         for row, labels in zip(logits[:, :-1], batch['labels'][:, 1:]):
             notes.append(_answer_options(row, labels, words, said, top))
@@ -131,12 +160,21 @@ def load_distillation_data(
     key:str,                # hash of what is wanted
 ) -> Dataset:
     "Read teacher data; raises `ValueError` if it comes from another specialist, other inputs or other settings"
-    found = load_from_disk(str(path))
+    try: found = load_from_disk(str(path))
+    except Exception as e: # damaged files end in errors of all kinds
+        raise ValueError(f'{path} holds damaged teacher data ({type(e).__name__}: {e}): remove the directory') from None
     if found.info.description != key:
         raise ValueError(f'{path} holds teacher data of another specialist, for other inputs, with other settings '
                          'or from another version: '
                          'repeat that run, or remove the directory')
     return found
+
+# %% ../../nbs/course/20_refresh.ipynb #4bc1c45d
+def _as_row(
+    example:dict, # with an answer
+) -> dict:
+    "An example as a row of a table"
+    return example | dict(messages=json.dumps(example['messages'])) if 'messages' in example else example
 
 # %% ../../nbs/course/20_refresh.ipynb #5b4bbdb6
 def distillation_data(
@@ -147,16 +185,21 @@ def distillation_data(
     stop:str|None=None,         # what ends an answer, where the end token does not
     keep:str|os.PathLike|None=None, # directory to keep them in; read from there when they are asked for again
     progress:bool=False,        # show progress bars?
+    prompts:Prompts|None=None,  # how the model is asked; by default through its chat template, if it has one
     **kwargs,                   # passed to `pseudo_label`
 ) -> Dataset: # answers with what `teacher_top_k` says of them; a student can learn from them without the teacher
     "What the old specialist can teach; raises `ValueError` if `keep` holds other teacher data"
-    held = vars(adapter) if adapter else None # its content, wherever the class lives
-    key = Hasher.hash((str(decoder.name), [prompt(e) for e in inputs], held, top, stop, kwargs))
+    parts = ('updates', 'embeddings', 'rows', 'magnitudes', 'weights')
+    held = [getattr(adapter, part) for part in parts] if adapter else None
+    base = hash_tensors(decoder.model.state_dict().values()) if keep else ''
+    renderer = Renderer.of(decoder, prompts)
+    key = Hasher.hash((base, ask_all(renderer, inputs), prompts, held, top, stop, kwargs))
     if keep and Path(keep).exists(): return load_distillation_data(keep, key)
     with adapter.on(decoder) if adapter else nullcontext(decoder.model) as model:
-        examples = pseudo_label(model, decoder.tokenizer, inputs, stop=stop, progress=progress, **kwargs)
-        notes = teacher_top_k(model, decoder.tokenizer, examples, top, stop, progress=progress)
-    taught = Dataset.from_list([e | n for e, n in zip(examples, notes)])
+        shared = dict(stop=stop, progress=progress, renderer=renderer)
+        examples = pseudo_label(model, decoder.tokenizer, inputs, **shared, **kwargs)
+        notes = teacher_top_k(model, decoder.tokenizer, examples, top, **shared)
+    taught = Dataset.from_list([_as_row(e) | n for e, n in zip(examples, notes)])
     taught.info.description = key
     if keep:
         with atomic_directory(keep) as tmp, writing(keep): taught.save_to_disk(tmp)
@@ -285,16 +328,22 @@ def student_targets(
     examples:list[dict],                # teacher data, and examples without a teacher
     tokenizer:PreTrainedTokenizerBase,  # of the student
     soft:float,                         # weight of the teacher's distribution; the rest is the answer's
+    renderer:Renderer|None=None,        # of the student; by default that of its tokenizer
 ) -> tuple[list[dict], SoftTargetLoss]: # encoded examples whose labels are numbers of targets, the targets
     "Turn teacher data into what a student predicts at each of its own tokens"
-    end, words = tokenizer.eos_token_id, _token_bytes(tokenizer)
+    renderer = renderer or Renderer(tokenizer)
+    words = _token_bytes(tokenizer, renderer.ends)
     vocabulary = {b: i for b, i in bytes_to_id(tokenizer).items() if i not in tokenizer.all_special_ids}
     encoded, rows = [], []
     for e in examples:
-        row = encode(e, tokenizer)
-        answer = [(t, words[t]) for t in row['labels'] if t != -100]
-        numbers = iter(range(len(rows), len(rows) + len(answer)))
-        rows += _answer_targets(e, answer, vocabulary, end, soft)
+        row = renderer.encode(e)
+        learned = [t for t in row['labels'] if t != -100]
+        numbers = iter(range(len(rows), len(rows) + len(learned)))
+        last = sum(t != -100 for t in _up_to_end(row, renderer.ends)['labels'])
+        stop = _answer_length(learned, renderer.ends)
+        answer = [(t, words[t]) for t in learned[stop-last:stop]]
+        targets = _answer_targets(e, answer, vocabulary, renderer.end, soft)
+        rows += [{t: 1.} for t in learned[:stop-last]] + targets + [{t: 1.} for t in learned[stop:]]
         encoded.append(row | dict(labels=[t if t == -100 else next(numbers) for t in row['labels']]))
     return encoded, SoftTargetLoss.of(rows)
 
@@ -304,8 +353,8 @@ def _unlabelled(
     labelled:list[dict],        # examples with true answers
 ) -> list[dict]:
     "The teacher data whose questions have no true answer"
-    known = {*map(prompt, labelled)}
-    return [e for e in taught if prompt(e) not in known]
+    known = {*map(question_key, labelled)}
+    return [e for e in taught if question_key(e) not in known]
 
 # %% ../../nbs/course/20_refresh.ipynb #72836974
 SOFT_WEIGHT = .5 # of the teacher's distribution in a target; the rest is its answer's
@@ -318,6 +367,7 @@ def refresh(
     labelled:list[dict]=(),     # examples with true answers, which win over the teacher's
     soft:float=SOFT_WEIGHT,     # weight of the teacher's distribution; the rest is its answer's
     validation:list[dict]=(),   # examples whose loss is measured on the way
+    prompts:Prompts|None=None,  # how the model is asked; by default through its chat template, if it has one
     **kwargs,                   # passed to `finetune`
 ) -> tuple[Adapter, Run]: # the refreshed adapter, the loss at every step
     "Teach the new model what the old specialist says (Trans-LoRA, arXiv 2405.17258), and true labels if given"
@@ -325,10 +375,11 @@ def refresh(
     answered = _unlabelled(taught, labelled)
     learned = answered + [*labelled]
     if not learned: raise ValueError('nothing to learn from: give teacher data or labelled examples')
-    rows, loss = student_targets(learned + [*validation], decoder.tokenizer, soft)
+    renderer = Renderer.of(decoder, prompts)
+    rows, loss = student_targets(learned + [*validation], decoder.tokenizer, soft, renderer)
     kwargs |= dict(loss=loss, validation=rows[len(learned):])
     tuned, losses = finetune(decoder, rows[:len(learned)], adapter, **kwargs)
     if not losses: return tuned, losses
-    note = (f'\nRefreshed on {len(answered):,} answers of the old specialist and {len(labelled):,} labelled examples: '
-            f'{len(losses):,} steps.\n')
-    return replace(tuned, card=(adapter.card if adapter else '') + note), losses
+    note = (f'Refreshed on {len(answered):,} answers of the old specialist and {len(labelled):,} labelled examples: '
+            f'{len(losses):,} steps.')
+    return replace(tuned, card=tuned_card(adapter or Adapter({}), decoder.name, note)), losses

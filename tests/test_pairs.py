@@ -1,0 +1,232 @@
+"""The right pair and the same run: what a command refuses, warns of, or resumes, told by hashes and not by shapes"""
+import hashlib, json, os, shutil
+import pytest, torch
+import yaml
+from models import error
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import data_dir
+from lorasuite.training.trainer import LightTrainer
+from lorasuite.cli import app
+
+ZOO = data_dir()/'zoo'
+PICKLE = b'cos\nsystem\n(S"touch %s"\ntR.'
+
+def run(*args): return CliRunner().invoke(app, [str(a) for a in args])
+
+def change(folder):
+    "Reverse the rows of one matrix of each layer: the same names and shapes, another model"
+    t = load_file(folder/'model.safetensors')
+    t |= {k: x.flip(0).contiguous() for k, x in t.items() if 'down_proj' in k}
+    save_file(t, folder/'model.safetensors', metadata={'format': 'pt'})
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    "A copy of the new model, a sibling of the old one, data, and alignments"
+    work = tmp_path_factory.mktemp('pairs')
+    for name, copy in (('new', 'new'), ('old', 'sibling')): shutil.copytree(ZOO/name, work/copy)
+    change(work/'sibling')
+    (work/'data.jsonl').write_text(''.join((ZOO/'train.jsonl').read_text().splitlines(keepends=True)[:16]))
+    (work/'texts').write_text(''.join((ZOO/'held_out.txt').read_text().splitlines(keepends=True)[:30]))
+    for old, new, out in (('zoo/old', work/'new', 'there'), (work/'new', 'zoo/old', 'back'),
+                          (work/'sibling', 'zoo/new', 'other')):
+        assert run('align', old, new, '--texts', work/'texts', '-o', work/out).exit_code == 0
+    tensors = load_file(ZOO/'adapter'/'adapter_model.safetensors')
+    shutil.copytree(ZOO/'adapter', work/'with-head')
+    head = {'base_model.model.score.weight': torch.ones(1, 64)}
+    save_file(tensors | head, work/'with-head'/'adapter_model.safetensors', metadata={'format': 'pt'})
+    (work/'with-head'/'README.md').unlink(missing_ok=True)
+    return work
+
+# ---- the right pair
+
+@pytest.mark.parametrize('alignment, message', [('back', 'other way round with `lorasuite align '),
+                                                ('other', 'whose weights differ: make one with `lorasuite align')])
+def test_an_alignment_of_another_pair_is_refused(work, tmp_path, alignment, message):
+    result = run('transfer', 'zoo/adapter', work/alignment, '-o', tmp_path/'out')
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert '--force' in result.stderr and not any(tmp_path.iterdir())
+
+def test_a_stale_alignment_is_refused_unless_forced(work, tmp_path):
+    shutil.copytree(work/'new', tmp_path/'new')
+    assert run('align', 'zoo/old', tmp_path/'new', '--texts', work/'texts', '-o', tmp_path/'maps').exit_code == 0
+    transfer = ['transfer', 'zoo/adapter', tmp_path/'maps', '-o']
+    assert run(*transfer, tmp_path/'fresh').stderr == ''
+    change(tmp_path/'new')
+    result = run(*transfer, tmp_path/'out')
+    assert result.exit_code == 2 and f'{tmp_path/"new"} have changed since' in result.stderr
+    forced = run(*transfer, tmp_path/'out', '--force')
+    assert forced.exit_code == 0 and 'warning: the weights of' in forced.stderr
+    worn = run('evaluate', tmp_path/'new', '--adapter', tmp_path/'fresh', '--data', work/'data.jsonl')
+    assert worn.exit_code == 0 and 'WRONG BASE?' in worn.stderr # its card knows the hash of the base
+
+@pytest.mark.parametrize('args', [
+    'evaluate BASE --adapter zoo/adapter --data DATA', 'finetune BASE zoo/adapter --data DATA --steps 1 -o OUT',
+    'refresh BASE zoo/adapter zoo/new --inputs DATA --steps 1 -o OUT',
+    'upgrade BASE zoo/new zoo/adapter --texts TEXTS -o OUT', 'inspect BASE zoo/new zoo/adapter'])
+def test_an_adapter_on_another_base_is_warned_of(work, tmp_path, args):
+    words = dict(DATA=work/'data.jsonl', TEXTS=work/'texts', OUT=tmp_path/'out')
+    for base, doubted in ((work/'sibling', True), ('zoo/old', False)):
+        result = run(*[(words | dict(BASE=base)).get(word, word) for word in args.split()])
+        assert ('WRONG BASE? the weight files of' in result.output) == doubted, result.output
+        shutil.rmtree(tmp_path/'out', ignore_errors=True)
+
+def test_every_command_names_what_it_skips(work, tmp_path):
+    data, worn = ['--data', work/'data.jsonl'], work/'with-head'
+    refresh = ['refresh', 'zoo/old', worn, 'zoo/new', '--inputs', work/'data.jsonl', '--steps', 1, '-o', tmp_path/'b']
+    for command in (['evaluate', 'zoo/old', '--adapter', worn, *data],
+                    ['finetune', 'zoo/old', worn, *data, '--steps', 1, '-o', tmp_path/'a'], refresh):
+        result = run(*command)
+        assert result.exit_code == 0 and 'score.weight' in result.stdout, (command, result.output)
+    assert '`score.weight`' in (tmp_path/'a'/'README.md').read_text()
+
+@pytest.mark.parametrize('args', [['evaluate', 'zoo/adapter', '--data', 'DATA'], ['align', 'zoo/adapter', 'zoo/new'],
+                                  ['inspect', 'zoo/adapter', 'zoo/new'], ['finetune', 'zoo/adapter', '--data', 'DATA']])
+def test_an_adapter_is_no_model(work, tmp_path, args):
+    args = [work/'data.jsonl' if a == 'DATA' else a for a in args]
+    out = ['-o', tmp_path/'out'] if args[0] in ('align', 'finetune') else []
+    result = run(*args, *out)
+    assert result.exit_code == 2 and result.stderr.count('lorasuite: ') == 1
+    assert 'zoo/adapter is an adapter, not a model: give the model' in result.stderr and '(zoo/old)' in result.stderr
+
+def head_of(folder): return yaml.safe_load((folder/'README.md').read_text().split('---\n')[1])
+
+def test_cards_are_begun_kept_and_extended(work, tmp_path):
+    assert run('transfer', 'zoo/adapter', work/'there', '-o', tmp_path/'carried').exit_code == 0
+    card = (tmp_path/'carried'/'README.md').read_text()
+    checksum = json.loads((work/'there'/'alignment.json').read_text())['checksum']
+    assert checksum in card and 'adapter: `zoo/adapter`, SHA-256' in card and head_of(tmp_path/'carried')['lorasuite']
+    data = ['--data', work/'data.jsonl', '--steps', 1]
+    assert run('finetune', work/'new', tmp_path/'carried', *data, '-o', tmp_path/'tuned').exit_code == 0
+    tuned = (tmp_path/'tuned'/'README.md').read_text()
+    assert tuned.startswith(card) and 'Tuned afterwards on 16' in tuned and f'the start: `{tmp_path}/carried`' in tuned
+    again = ['refresh', 'zoo/old', 'zoo/adapter', work/'new', '--inputs', work/'data.jsonl', '--steps', 1]
+    assert run(*again, '--start', tmp_path/'tuned', '-o', tmp_path/'taught').exit_code == 0
+    assert (tmp_path/'taught'/'README.md').read_text().startswith(tuned)
+    assert run('finetune', 'zoo/old', work/'with-head', *data, '-o', tmp_path/'begun').exit_code == 0
+    assert head_of(tmp_path/'begun')['base_model'] == 'zoo/old'
+
+@pytest.mark.parametrize('name', ['a: b', '#1', 'x\n---\ny', 'yes', '123', '<b>`x`</b>'])
+def test_names_do_not_break_the_card(work, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ZOO/'new', tmp_path/name)
+    result = run('upgrade', 'zoo/old', name, 'zoo/adapter', '--texts', work/'texts', '-o', 'out')
+    assert result.exit_code == 0, result.output
+    card = (tmp_path/'out'/'README.md').read_text()
+    assert yaml.safe_load(card.split('\n---\n')[0].removeprefix('---\n'))['base_model'] == name
+    assert '\n---\n' not in card.split('\n---\n', 1)[1] and Adapter.load('out').base == name
+
+# ---- what is refused before anything is written
+
+@pytest.mark.parametrize('wrong, message', [
+    (['--lr', 'nan'], 'lr=nan'), (['--lr', '-1e-4'], 'lr=-0.0001'), (['--seed', '-1'], 'seed=-1'),
+    (['--steps', 2**70], 'steps='), (['--epochs', 'inf'], 'epochs=inf'), (['--rank', 10**9], 'rank='),
+    (['--schedule', 'cosine_with_min_lr'], 'needs min_lr'),
+    (['--rank', 4, 'zoo/adapter'], '--rank cannot apply beside'),
+    (['--roles', 'q', 'zoo/adapter'], '--roles cannot apply'), (['--epochs', 1, '--steps', 2], '--epochs cannot apply'),
+    ([''], 'adapter is empty'), (['--roles', ''], 'roles is empty')])
+def test_a_wrong_option_leaves_nothing_in_the_way(work, tmp_path, wrong, message):
+    result = run('finetune', 'zoo/old', '--data', work/'data.jsonl', '-o', tmp_path/'out', *wrong)
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.output
+    assert not any(tmp_path.iterdir())
+
+def test_options_without_effect(work, tmp_path):
+    for args in (['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '-o', tmp_path/'out', '--lr', .1],
+                 ['evaluate', 'zoo/new', '--tasks', 'boolq', '--match', 'number']):
+        result = run(*args)
+        assert result.exit_code == 2 and 'cannot apply without --data' in result.stderr
+
+def test_the_home_directory_is_expanded(work, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(work/'cache'))
+    shutil.copytree(ZOO/'adapter', tmp_path/'mine')
+    assert run('transfer', '~/mine', work/'there', '--out=~/deep/out').exit_code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['deep', 'mine']
+    assert [p.name for p in (tmp_path/'deep').iterdir()] == ['out']
+
+# ---- the same run, or none
+
+def cut(monkeypatch, command, saves=2):
+    "Interrupt a command when it has saved some checkpoints"
+    save, count = LightTrainer._save_checkpoint, []
+    def saving(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        count.append(1)
+        if len(count) == saves: raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(LightTrainer, '_save_checkpoint', saving)
+        assert run(*command).exit_code == 130
+
+@pytest.fixture
+def interrupted(work, tmp_path, monkeypatch):
+    "A training that was interrupted after 4 of 10 steps"
+    shutil.copytree(ZOO/'old', tmp_path/'base')
+    command = ['finetune', tmp_path/'base', 'zoo/adapter', '--data', work/'data.jsonl', '--steps', 10, '--lr', 1e-3,
+               '--batch-size', 8, '--json', '-o']
+    whole = run(*command, tmp_path/'whole')
+    cut(monkeypatch, [*command, tmp_path/'out'])
+    return command, json.loads(whole.stdout)
+
+def test_another_run_does_not_resume(work, tmp_path, interrupted):
+    command, _ = interrupted
+    for more, message in ((['--steps', 20], 'another steps (10, now 20)'), (['--lr', 1e-4], 'another lr (0.001, now'),
+                          (['--seed', 1], 'another seed (0, now 1)'), (['--whole'], 'another data'),
+                          (['--schedule', 'cosine'], 'another lr_scheduler_type (linear, now cosine)')):
+        result = run(*command, tmp_path/'out', *more)
+        assert result.exit_code == 2 and f'interrupted run with {message}' in result.stderr, result.output
+    change(tmp_path/'base')
+    result = run(*command, tmp_path/'out')
+    assert result.exit_code == 2 and 'interrupted run with another base model: ' in result.stderr
+    kept = sorted(p.name for p in (tmp_path/'.out-checkpoints').glob('checkpoint-*'))
+    assert kept == ['checkpoint-2', 'checkpoint-4']
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, interrupted):
+    command, whole = interrupted
+    last = tmp_path/'.out-checkpoints'/'checkpoint-4'
+    (last/'optimizer.pt').write_bytes((last/'optimizer.pt').read_bytes()[:-100])
+    (tmp_path/'.out-checkpoints'/'checkpoint-6').mkdir() # was never complete
+    resumed = run(*command, tmp_path/'out')
+    assert resumed.exit_code == 0 and 'checkpoint-4 is damaged: the run goes on from' in resumed.stderr
+    assert json.loads(resumed.stdout)['loss'] == whole['loss']
+    a, b = (load_file(tmp_path/name/'adapter_model.safetensors') for name in ('whole', 'out'))
+    assert all(a[k].equal(b[k]) for k in a)
+
+def test_planted_pickles_run_nothing(tmp_path, interrupted):
+    command, whole = interrupted
+    last = tmp_path/'.out-checkpoints'/'checkpoint-4'
+    for name in ('optimizer.pt', 'scheduler.pt', 'rng_state.pth', 'training_args.bin', 'adapter_model.bin',
+                 'pytorch_model.bin', 'scaler.pt'):
+        (last/name).write_bytes(PICKLE % os.fsencode(tmp_path/'was_here'))
+    seal = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in last.iterdir()}
+    seal.pop('sealed.json')
+    (last/'sealed.json').write_text(json.dumps(seal)) # as somebody would who knows how
+    result = run(*command, tmp_path/'out')
+    assert result.exit_code == 2 and 'checkpoint-4 holds more than tensors' in result.stderr
+    assert not (tmp_path/'was_here').exists()
+
+def test_another_number_of_threads_resumes(work, tmp_path, monkeypatch):
+    command = ['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '--texts', work/'texts', '--data', work/'data.jsonl',
+               '--steps', 5, '--json', '-o']
+    whole = json.loads(run(*command, tmp_path/'whole').stdout)
+    cut(monkeypatch, [*command, tmp_path/'out'])
+    torch.set_num_threads(2)
+    try: resumed = run(*command, tmp_path/'out')
+    finally: torch.set_num_threads(1)
+    assert resumed.exit_code == 0, resumed.output
+    assert json.loads(resumed.stdout)['loss'] == pytest.approx(whole['loss'], rel=1e-2)
+    a, b = (load_file(tmp_path/name/'adapter_model.safetensors') for name in ('whole', 'out'))
+    assert all(error(a[k].double(), b[k].double()) < 1e-2 or a[k].equal(b[k]) for k in a)
+
+def test_teacher_data_belong_to_the_weights_of_the_teacher(work, tmp_path, monkeypatch):
+    shutil.copytree(ZOO/'old', tmp_path/'teacher')
+    command = ['refresh', tmp_path/'teacher', 'zoo/adapter', 'zoo/new', '--inputs', work/'data.jsonl', '--steps', 5,
+               '-o', tmp_path/'out']
+    cut(monkeypatch, command, saves=1)
+    change(tmp_path/'teacher')
+    result = run(*command)
+    assert result.exit_code == 2 and 'lessons holds teacher data of another specialist' in result.stderr
+    state = tmp_path/'.out-checkpoints'/'lessons'/'state.json'
+    state.write_text(state.read_text()[:20])
+    result = run(*command)
+    assert result.exit_code == 2 and 'lessons holds damaged teacher data' in result.stderr
