@@ -34,7 +34,8 @@ def _show_warning(message, category, *args, **kwargs):
 # %% ../nbs/reference/cli.ipynb #c324bda9
 def _quiet():
     "Let other libraries print only what is meant for the user"
-    import transformers
+    import huggingface_hub, transformers
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     os.environ['HF_DATASETS_DISABLE_PROGRESS_BARS'] = '1'
