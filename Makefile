@@ -51,7 +51,7 @@ experiments: .venv/library
 budgets: .venv/library
 	$(BIN)/python -m lorasuite.lab.budgets && $(BIN)/python -m lorasuite.lab.starts
 
-real hop: .venv/real
+real hop: .venv/library
 	$(BIN)/python benchmarks/$@.py
 
 runtimes: build/runtimes/bin/python
@@ -87,6 +87,3 @@ clean:
 	@if [ "$$(uname)" = Linux ]; then $(PIP) install -q --no-deps -c constraints.txt --target .venv/bitsandbytes bitsandbytes; fi
 	@touch .venv/library $@
 
-.venv/real: $(SETTINGS) | .venv/bin/pip
-	$(PIP) install -c constraints.txt -e ".[real]"
-	@touch .venv/library $@

@@ -8,13 +8,15 @@ __all__ = ['app', 'demo_command', 'inspect_command', 'align_command', 'transfer_
 
 # %% ../nbs/reference/cli.ipynb #b26734db
 import functools, inspect, json, os, sys, traceback, warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .core.files import hold_output, is_main_process, is_ours, own_directory, read_utf8, remove_directory
+from .core.names import printable, shortened
+from .core.settings import check_training, SCHEDULES
 
 # %% ../nbs/reference/cli.ipynb #e89afdb7
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None,
@@ -23,13 +25,14 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 # %% ../nbs/reference/cli.ipynb #078fd96d
 def _fail(message:str, status:int):
     "Say in one line what is wrong, on stderr, and stop"
-    print('lorasuite:', *message.splitlines(), file=sys.stderr)
+    print('lorasuite:', *printable(message).splitlines(), file=sys.stderr)
     raise typer.Exit(status)
 
 # %% ../nbs/reference/cli.ipynb #0b40e8fb
 def _show_warning(message, category, *args, **kwargs):
     "Print warnings that are meant for the user, once"
-    if issubclass(category, UserWarning) and is_main_process(): print(f'warning: {message}', file=sys.stderr)
+    if not issubclass(category, UserWarning) or not is_main_process(): return
+    print('warning:', *printable(str(message)).splitlines(), file=sys.stderr)
 
 # %% ../nbs/reference/cli.ipynb #c324bda9
 def _quiet():
@@ -42,12 +45,24 @@ def _quiet():
     if 'datasets' in sys.modules: sys.modules['datasets'].disable_progress_bars()
     warnings.showwarning = _show_warning
 
+# %% ../nbs/reference/cli.ipynb #resultlines
+_NAMED = 24 # names that a line holds; a card and `--json` have them all
+
+def _result_lines(
+    result:dict, # what a command returns
+) -> Iterator[str]:
+    "A line for each value; a list of lines as it is, names by reason in a line for each reason"
+    for name, value in result.items():
+        if name == 'skipped': yield from (f'{name}, {why}: {shortened(some, _NAMED)}' for why, some in value.items())
+        elif name == 'facts': yield from value
+        elif value != {}: yield f'{name}: {value}'
+
 # %% ../nbs/reference/cli.ipynb #e35e9629
 def _print_result(result:dict, as_json:bool):
     "Print what a command returns"
     if not is_main_process(): return
     if as_json: print(json.dumps(result))
-    else: print('\n'.join(f'{k}: {v}' for k, v in result.items() if v != {}))
+    else: print(*(printable(line, sys.maxsize) for line in _result_lines(result)), sep='\n')
 
 # %% ../nbs/reference/cli.ipynb #8eefb8bd
 def _checked(
@@ -55,12 +70,10 @@ def _checked(
 ) -> dict:
     "The values with `~` expanded; raises `ValueError` for an empty text and for a setting that no training can have"
     for name, value in values.items():
-        if isinstance(value, str) and not value.strip(): raise ValueError(f'{name} is empty: give it, or leave it out')
-        if isinstance(value, str | Path) and not isinstance(value, Enum):
-            values = values | {name: type(value)(os.path.expanduser(value))}
-    if 'lr' in values:
-        from lorasuite.training.settings import check_training
-        check_training(**values | dict(schedule=getattr(values.get('schedule'), 'value', None)))
+        if not isinstance(value, str | Path) or isinstance(value, Enum): continue
+        if not str(value).strip(): raise ValueError(f'{name} is empty: give it, or leave it out')
+        values = values | {name: type(value)(os.path.expanduser(value))}
+    check_training(**values | dict(schedule=getattr(values.get('schedule'), 'value', None)))
     return values
 
 # %% ../nbs/reference/cli.ipynb #192ca8ec
@@ -177,15 +190,11 @@ _Thinking = Annotated[Enum('Thinking', {s: s for s in ('keep', 'drop', 'forbid')
 _KEEP = 'keep' # what --thinking is by default
 
 # %% ../nbs/reference/cli.ipynb #a1377a5a
-_SCHEDULES = ('linear', 'cosine', 'cosine_with_restarts', 'polynomial', 'constant', 'constant_with_warmup',
-              'inverse_sqrt', 'reduce_lr_on_plateau', 'cosine_with_min_lr', 'cosine_warmup_with_min_lr',
-              'warmup_stable_decay', 'greedy')
-
 _Epochs = Annotated[float, typer.Option(min=0, help='passes over the data')]
 _Steps = Annotated[Optional[int], typer.Option(min=0, help='optimiser steps, instead of passes')]
 _Rate = Annotated[float, typer.Option(help='peak learning rate')]
-_Schedule = Annotated[Enum('Schedule', {s: s for s in _SCHEDULES}), typer.Option(
-    metavar='NAME', help=f'how the learning rate falls: {", ".join(_SCHEDULES)}')]
+_Schedule = Annotated[Enum('Schedule', {s: s for s in SCHEDULES}), typer.Option(
+    metavar='NAME', help=f'how the learning rate falls: {", ".join(SCHEDULES)}')]
 _WarmUp = Annotated[Optional[int], typer.Option(
     min=0, help='steps in which the learning rate rises; a tenth by default')]
 _Batch = Annotated[int, typer.Option(min=1, help='examples per step, on all devices together')]
@@ -239,9 +248,10 @@ def _examples(source:str|None, columns:str|None=None, split:str='train', labelle
     from lorasuite.training.examples import load_data
     if source is None: return []
     found = load_data(source, split, labelled, _renaming(columns))
-    if is_main_process(): print(found.description, file=sys.stderr)
+    if is_main_process(): print(printable(found.description), file=sys.stderr)
     return found
 
+# %% ../nbs/reference/cli.ipynb #a6d8d67b
 def _renaming(columns:str|None) -> dict[str, str]:
     "Our names of columns with the file's, from OURS=THEIRS,…; raises `ValueError` for another text"
     pairs = [pair.partition('=')[::2] for pair in (columns or '').split(',') if columns]
@@ -252,10 +262,13 @@ def _renaming(columns:str|None) -> dict[str, str]:
 def _template_text(name:str) -> str|None:
     "A chat template of a file; none without a name; raises `OSError` for a file that is not there"
     if not name: return None
-    file = Path(name).expanduser()
+    file = Path(os.path.expanduser(name))
     if not file.is_file(): raise FileNotFoundError(f'no such chat template: {name}')
-    return read_utf8(file)
+    text = read_utf8(file)
+    if not text.strip(): raise ValueError(f'{name} is empty: give a chat template, or leave the option out')
+    return text
 
+# %% ../nbs/reference/cli.ipynb #7a5c7bc9
 def _prompts(prompt:str|None, template:str|None, thinking:Enum|str, models:int=1):
     "The options of one model, or of the old and the new one; raises `ValueError` for what does not fit together"
     from lorasuite.training.prompts import Prompts
@@ -270,13 +283,14 @@ def _prompts(prompt:str|None, template:str|None, thinking:Enum|str, models:int=1
 # %% ../nbs/reference/cli.ipynb #577b459c
 def _text_lines(path:Path|None) -> list[str]|None:
     "Lines of a text file that are not blank; `None` without a file"
-    return path and [line for line in read_utf8(path).splitlines() if line.strip()]
+    return path and [line for line in read_utf8(path).split('\n') if line.strip()]
 
 # %% ../nbs/reference/cli.ipynb #6148ed07
-def _costs(run) -> dict:
+def _costs(run) -> dict: # only the steps where nothing was trained
     "What a training cost, of a `Run`"
-    loss, seconds = run[-1] if run else None, round(run.seconds, 1)
-    return dict(steps=len(run), loss=loss, seconds=seconds, peak_bytes=run.peak_bytes, trained=run.trained)
+    if not run: return dict(steps=0)
+    costs = dict(steps=len(run), loss=run[-1], seconds=round(run.seconds, 1), trained=run.trained)
+    return costs | (dict(peak_bytes=run.peak_bytes) if run.peak_bytes else {})
 
 # %% ../nbs/reference/cli.ipynb #66f4dfd7
 def _load_adapter(name:str|None, which:str|None):
@@ -285,22 +299,13 @@ def _load_adapter(name:str|None, which:str|None):
     if which and not name: raise ValueError(f'--adapter-name {which}: there is no adapter to choose it from')
     return Adapter.load(name, adapter_name=which) if name else None
 
-# %% ../nbs/reference/cli.ipynb #leftoutfn
-def _left_out(adapter) -> dict[str, list[str]]:
-    "What the model of an adapter does without, by reason; whole weights are put on it"
-    from dataclasses import replace
-    from lorasuite.stages.card import skipped_by_reason
-    used = {*adapter.weights}
-    skipped = {what: why for what, why in adapter.skipped.items() if what.replace('.base_layer.', '.') not in used}
-    return skipped_by_reason(replace(adapter, skipped=skipped))
-
 # %% ../nbs/reference/cli.ipynb #15a1af63
 @_command
 def demo_command(
     directory:_Out=Path('lorasuite-demo'), # not `out`, which must not exist: an earlier demo is replaced
     json_:_Json=False,
 ):
-    "Compare the transfer with baselines on shipped tiny models. It takes about a minute on a CPU."
+    "Compare the transfer with baselines on shipped tiny models. It takes a few minutes on a CPU."
     from lorasuite.lab.demo import demo
     results = demo(directory, say=functools.partial(print, flush=True))
     return dict(out=str(directory), arms=[result.row() for result in results]) if json_ else {}
@@ -325,7 +330,7 @@ def inspect_command(
     questions = _examples(inputs, columns, split, labelled=False) if inputs else None
     report = inspect(old, new, _load_adapter(adapter, adapter_name), deep, questions, prompts)
     if json_: return report
-    print(report)
+    print(printable(str(report), sys.maxsize))
     return {}
 
 # %% ../nbs/reference/cli.ipynb #2f36f157
@@ -335,7 +340,8 @@ def align_command(old:_Old, new:_New, out:_Out, texts:_Texts=None, method:_Metho
     from lorasuite.stages.alignment import align
     alignment = align(old, new, _text_lines(texts), method, progress=_show_progress())
     alignment.save(out)
-    return dict(out=str(out), method=method, layers=alignment.layers, fit=alignment.fit)
+    found = dict(layers=alignment.layers, feed_forward=alignment.feed_forward, fit=alignment.fit)
+    return dict(out=str(out), method=method, **{name: x for name, x in found.items() if x})
 
 # %% ../nbs/reference/cli.ipynb #53f809c5
 def _refit(adapter, alignment, questions:list[dict], prompts):
@@ -345,12 +351,26 @@ def _refit(adapter, alignment, questions:list[dict], prompts):
     old, new = (load_model(model.name) for model in (alignment.old, alignment.new))
     return best_refit(adapter, alignment, old, new, questions, _show_progress(), prompts)
 
+# %% ../nbs/reference/cli.ipynb #clbrough
+def _brought(adapter) -> dict[str, str]:
+    "What to do before an adapter with added tokens is loaded, as its card says"
+    lines = [line for line in adapter.card.splitlines() if adapter.tokenizer and line.startswith('- tokens added: ')]
+    return dict(tokens_added=lines[-1].removeprefix('- tokens added: ').replace('`', '')) if lines else {}
+
 # %% ../nbs/reference/cli.ipynb #bf99f363
 def _as_updates(adapter, old:str):
     "An adapter with the change of its whole weights as updates"
     from lorasuite.core.loading import load_model
     from lorasuite.stages.whole_weights import weights_to_updates
     return weights_to_updates(adapter, load_model(old))
+
+# %% ../nbs/reference/cli.ipynb #factsfn
+_ELSEWHERE = ('SHA-256', '- skipped', '- versions:') # lines of a card that are said otherwise, or only there
+
+def _facts(card:str) -> list[str]:
+    "What the card of a carried adapter says of the transfer"
+    lines = card.split('\n---\n', 1)[-1].splitlines() # behind the head
+    return [line[2:] for line in lines if line.startswith('- ') and not any(x in line for x in _ELSEWHERE)]
 
 # %% ../nbs/reference/cli.ipynb #189839ac
 @_command
@@ -363,6 +383,7 @@ def transfer_command(
     columns:_Columns=None, split:_Split='train', force:_Force=False, json_:_Json=False,
 ):
     "Transfer an adapter along an alignment."
+    from lorasuite.stages.added_tokens import add_tokens, take_tokens
     from lorasuite.stages.alignment import Alignment
     from lorasuite.stages.card import skipped_by_reason
     from lorasuite.stages.pairing import check_pair
@@ -372,13 +393,22 @@ def transfer_command(
     maps = Alignment.load(alignment)
     check_pair(source, maps, force)
     _check_writing(maps.new.name, format, dtype, compact)
+    source, tokens = take_tokens(source, maps.old.name, maps.new.name)
     if source.weights: source = _as_updates(source, maps.old.name)
     questions = _examples(inputs, columns, split, labelled=False)
+    if questions and tokens: raise ValueError('--inputs: an adapter with added tokens cannot be refitted: leave it out')
     carried = _refit(source, maps, questions, prompts) if questions else transfer(source, maps, plain_rank)
+    if tokens: carried = add_tokens(carried, tokens, maps, maps.new.name)
     errors = _write(carried, out, format, dtype, max_rank, compact)
-    return dict(out=str(out), adapter=str(carried)) | errors | dict(skipped=skipped_by_reason(carried))
+    found = dict(out=str(out), adapter=str(carried), facts=_facts(carried.card)) | _brought(carried)
+    return found | errors | dict(skipped=skipped_by_reason(carried))
 
 # %% ../nbs/reference/cli.ipynb #33902083
+def _split_names(names:str|None) -> list[str]|None:
+    "Names between commas; `None` for none"
+    return names and [name.strip() for name in names.split(',')]
+
+# %% ../nbs/reference/cli.ipynb #06e286c2
 def _training_options(schedule, warmup:int|None, bf16:bool, prune:float|None) -> dict:
     "What `finetune` takes, of options that are left out when they are not given"
     options = dict(lr_scheduler_type=schedule.value)
@@ -402,20 +432,23 @@ def finetune_command(
 ):
     "Tune an adapter on labelled examples. Interrupted, it resumes from the last checkpoint when started again."
     from lorasuite.core.loading import load_model
+    from lorasuite.stages.added_tokens import with_tokens
+    from lorasuite.stages.card import left_out
     from lorasuite.stages.pairing import warn_of_base
     from lorasuite.training.finetune import finetune
     from lorasuite.training.prompts import Renderer
     prompts = _prompts(prompt, chat_template, thinking)
     rows = _examples(data, columns, split)
-    start, decoder = _load_adapter(adapter, adapter_name), load_model(new)
+    start = _load_adapter(adapter, adapter_name)
+    decoder = with_tokens(load_model(new), start)
     if start: warn_of_base(start, new)
     tuned, run = finetune(
-        decoder, rows, start, steps, lr, rank, seed, epochs, batch_size, roles and roles.split(','), whole,
+        decoder, rows, start, steps, lr, rank, seed, epochs, batch_size, _split_names(roles), whole,
         prompts=prompts, micro_batch=micro_batch, pack=pack, gradient_checkpointing=gradient_checkpointing,
         checkpoints=_checkpoints(out), progress=_show_progress(), **_training_options(schedule, warmup, bf16, prune))
     _finish(tuned, out)
     found = dict(out=str(out), adapter=str(tuned), prompt=str(Renderer.of(decoder, prompts))) | _costs(run)
-    return found | dict(skipped=_left_out(tuned))
+    return found | dict(skipped=left_out(tuned))
 
 # %% ../nbs/reference/cli.ipynb #9fd5d19f
 def _teach(teacher, adapter, questions:list[dict], folder:Path, longest:int, first_line:bool, prompts) -> list[dict]:
@@ -450,6 +483,7 @@ def refresh_command(
     "Teach the new model what the old specialist answers. Interrupted, it resumes when started again."
     from lorasuite.core.adapter import check_fit
     from lorasuite.core.loading import load_model
+    from lorasuite.stages.added_tokens import with_tokens
     from lorasuite.stages.card import skipped_by_reason
     from lorasuite.stages.pairing import warn_of_base
     from lorasuite.training.refresh import refresh
@@ -457,16 +491,17 @@ def refresh_command(
     teachers, students = _prompts(prompt, chat_template, thinking, models=2)
     questions, labelled = _examples(inputs, columns, split, labelled=False), _examples(data, columns, split)
     specialist, first = _load_adapter(adapter, adapter_name), _load_adapter(start, None)
-    base = load_model(new, lazy=True)
-    if first: check_fit(first, base)
+    base = load_model(new, lazy=not (first and first.tokenizer))
+    if first: check_fit(first, with_tokens(base, first))
     for worn, model in ((specialist, old), (first, new)):
         if worn: warn_of_base(worn, model)
     check_prompts(old, base, labelled, questions, (teachers, students))
-    taught = _teach(load_model(old), specialist, questions, _checkpoints(out)/'lessons', longest, first_line, teachers)
+    teacher = with_tokens(load_model(old), specialist)
+    taught = _teach(teacher, specialist, questions, _checkpoints(out)/'lessons', longest, first_line, teachers)
     rank = max((len(A) for A, _ in specialist.updates.values()), default=8)
     refreshed, run = refresh(
-        load_model(new), taught, first, labelled, soft, steps=steps, epochs=epochs, lr=lr, rank=rank, seed=seed,
-        prompts=students, checkpoints=_checkpoints(out), progress=_show_progress())
+        with_tokens(load_model(new), first), taught, first, labelled, soft, steps=steps, epochs=epochs, lr=lr,
+        rank=rank, seed=seed, prompts=students, checkpoints=_checkpoints(out), progress=_show_progress())
     _finish(refreshed, out)
     counts = dict(inputs=len(questions), answered=len(taught), labelled=len(labelled))
     skipped = dict(skipped_of_specialist=skipped_by_reason(specialist), skipped=skipped_by_reason(refreshed))
@@ -488,6 +523,8 @@ def evaluate_command(
     "Count right answers to your questions, or run benchmarks."
     if not (data or tasks): raise ValueError('what to evaluate on? give --data FILE, or --tasks NAMES')
     from lorasuite.core.loading import load_model
+    from lorasuite.stages.added_tokens import with_tokens
+    from lorasuite.stages.card import left_out
     from lorasuite.stages.pairing import warn_of_base
     from lorasuite.training.evaluate import benchmark, CHAIN_OF_THOUGHT, check_tasks, evaluate, MATCHES
     from lorasuite.training.prompts import Renderer
@@ -495,8 +532,9 @@ def evaluate_command(
     names = [t.strip() for t in tasks.split(',')] if tasks else []
     prompts = _prompts(prompt, chat_template, thinking)
     rows = _examples(data, columns, split)
-    check_tasks(names)
-    decoder, worn, report = load_model(base), _load_adapter(adapter, adapter_name), {}
+    if names: check_tasks(names)
+    worn, report = _load_adapter(adapter, adapter_name), {}
+    decoder = with_tokens(load_model(base), worn)
     if worn: warn_of_base(worn, base)
     if rows:
         report = dict(prompt=str(Renderer.of(decoder, prompts)))
@@ -505,7 +543,7 @@ def evaluate_command(
         seconds = round(score.seconds, 1)
         report |= dict(accuracy=score.accuracy, interval=score.interval, questions=len(rows), seconds=seconds)
     if names: report['benchmarks'] = benchmark(decoder, names, worn)
-    return report | (dict(skipped=_left_out(worn)) if worn else {})
+    return report | (dict(skipped=left_out(worn)) if worn else {})
 
 # %% ../nbs/reference/cli.ipynb #955ad175
 @_command
@@ -528,8 +566,9 @@ def upgrade_command(
         old, new, source, labelled, questions, _text_lines(texts), method, prompts=prompts, plain_rank=plain_rank,
         progress=_show_progress(), steps=steps, epochs=epochs, lr=lr, seed=seed, checkpoints=_checkpoints(out))
     errors = _write(upgraded, out, format, dtype, max_rank, compact)
-    costs = _costs(run) | errors
-    return dict(out=str(out), adapter=str(upgraded)) | costs | dict(skipped=skipped_by_reason(upgraded))
+    costs = _brought(upgraded) | _costs(run) | errors
+    found = dict(out=str(out), adapter=str(upgraded), facts=_facts(upgraded.card))
+    return found | costs | dict(skipped=skipped_by_reason(upgraded))
 
 # %% ../nbs/reference/cli.ipynb #clconv2
 def _merged(adapter:str, base:str, rank:int|None):
@@ -539,6 +578,7 @@ def _merged(adapter:str, base:str, rank:int|None):
     decoder = load_model(base)
     return weights_to_updates(merge_adapter(adapter, decoder), decoder, rank or WHOLE_RANK)
 
+# %% ../nbs/reference/cli.ipynb #0846bf19
 def _load_for(adapter:str, base:str|None, rank:int|None):
     "An adapter under the names of its base, of another method as a LoRA; raises `ValueError` where they do not fit"
     import inspect
@@ -546,13 +586,19 @@ def _load_for(adapter:str, base:str|None, rank:int|None):
     from lorasuite.core.formats.peft import OtherMethod
     from lorasuite.core.loading import load_skeleton
     from lorasuite.core.model import model_info
+    from lorasuite.stages.added_tokens import with_tokens
+    from lorasuite.stages.pairing import warn_of_base
     takes_base = 'base' in inspect.signature(find_format(detect_format(adapter)).read).parameters
     try: source = Adapter.load(adapter, **(dict(base=base) if base and takes_base else {}))
     except OtherMethod:
         if not base: raise
         return _merged(adapter, base, rank)
     if not (base or source.base): raise ValueError(f'{adapter} names no base model: give --base MODEL')
-    decoder = load_skeleton(base or source.base)
+    try: decoder = with_tokens(load_skeleton(base or source.base), source)
+    except OSError as e:
+        if base: raise
+        raise ValueError(f'the base that {adapter} names cannot be read ({e}): give --base MODEL') from None
+    if base: warn_of_base(source, base)
     named = source.named_for(model_info(decoder))
     named.base, named.layers = decoder.name, decoder.layers
     check_fit(named, decoder)

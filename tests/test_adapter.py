@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from models import effect, effect_error, error, logits, random_decoder, tokens
 from test_laws import enlarge
 from lorasuite.core import formats
-from lorasuite.core.adapter import Adapter, balance, format_names
+from lorasuite.core.adapter import Adapter, attach, balance, format_names
 from lorasuite.core.architecture import ROLES
 from lorasuite.core.files import atomic_directory
 from lorasuite.core.formats.peft import PREFIX, READERS
@@ -217,7 +217,6 @@ IA3 = IA3Config(target_modules=['k_proj', 'v_proj', 'down_proj'], feedforward_mo
 REFUSED = dict(
     tied=(dict(target_modules=['embed_tokens'], ensure_weight_tying=True), 'ensure_weight_tying is not carried'),
     replicated=(dict(layer_replication=[(0, 2), (1, 3)]), 'layer_replication is not carried'),
-    lora_bias=(dict(lora_bias=True), r'lora_B\.bias.*lora_bias'),
     pissa=(dict(init_lora_weights='pissa'), START.format('pissa')),
     pissa_fast=(dict(init_lora_weights='pissa_niter_4'), START.format('pissa_niter_4')),
     olora=(dict(init_lora_weights='olora'), START.format('olora')),
@@ -388,3 +387,45 @@ def test_a_directory_made_meanwhile_is_not_overwritten(tmp_path):
             (tmp_path/'out').mkdir()
             (tmp_path/'out'/'theirs').write_text('')
     assert [p.name for p in tmp_path.rglob('*')] == ['out', 'theirs']
+
+# ---- models with adapters on them
+
+def on_model(tokenizer, name='default', **config):
+    "A random model with a random LoRA, and its `PeftModel`"
+    decoder = random_decoder(tokenizer)
+    torch.manual_seed(0)
+    model = get_peft_model(decoder.model, LoraConfig(r=2, init_lora_weights=False, **config), adapter_name=name)
+    return decoder, model
+
+def test_patterns_count_in_the_order_of_the_model(tokenizer):
+    pattern = {'layers.1.mlp.down_proj': 64, 'down_proj': 8}
+    decoder, model = on_model(tokenizer, target_modules=['down_proj'], alpha_pattern=pattern)
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    true = layer.get_delta_weight('default').detach()
+    assert layer.scaling['default'] == 32
+    assert error(Adapter.from_peft(model).delta('model.layers.1.mlp.down_proj'), true) < 1e-6
+
+def test_a_file_whose_patterns_disagree_is_warned_of(tokenizer, tmp_path):
+    pattern = {'layers.1.mlp.down_proj': 64, 'down_proj': 8}
+    _, model = on_model(tokenizer, target_modules=['down_proj'], alpha_pattern=pattern)
+    model.save_pretrained(tmp_path/'saved')
+    with pytest.warns(UserWarning, match='layers.1.mlp.down_proj: several keys of alpha_pattern fit'):
+        Adapter.load(tmp_path/'saved')
+
+def test_adapters_that_PEFT_would_save_in_part_are_refused(tokenizer):
+    _, model = on_model(tokenizer, '0', target_modules=['q_proj'])
+    assert len(Adapter.from_peft(model).updates) == 4
+    model.add_adapter('1', LoraConfig(r=2, target_modules=['q_proj'], init_lora_weights=False))
+    with pytest.raises(ValueError, match=r"PEFT does not save .*layers\.1.*of the adapter '0'.*rename"):
+        Adapter.from_peft(model)
+
+def test_a_model_is_left_as_it_was_also_by_what_is_trained_whole(tokenizer):
+    decoder, ids = random_decoder(tokenizer), tokens()
+    before, parts = logits(decoder, ids), [*decoder.model.modules()]
+    config = LoraConfig(r=2, target_modules=['q_proj'], modules_to_save=['lm_head'], init_lora_weights=False)
+    with attach(decoder, lambda: get_peft_model(decoder.model, config)) as model:
+        for name, p in model.named_parameters():
+            if 'modules_to_save' in name: p.data.add_(1)
+        assert error(model(ids).logits, before) > .1
+    assert logits(decoder, ids).equal(before)
+    assert all(a is b for a, b in zip(parts, decoder.model.modules(), strict=True))

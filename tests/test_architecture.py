@@ -25,8 +25,8 @@ PER_LAYER = f'{MLP} per_layer_projection.up per_layer_projection.down'
 OTHER_LAYER = f'self_attn.q_proj self_attn.o_proj {PER_LAYER}'
 
 SOFTMAX, LATENTS, ELSEWHERE = {'attention'}, {'latent attention'}, {'attention to another layer'}
-DELTA_NET, SSM1, SSM2 = {'A_log conv1d dt_bias'}, {'A_log D conv1d'}, {'A_log D conv1d dt_bias'}
-DIFFERENTIAL = {'lambda_k1 lambda_k2 lambda_q1 lambda_q2'}
+DELTA_NET, SSM1, SSM2, CONVOLUTION = {'gated delta net'}, {'Mamba'}, {'Mamba 2'}, {'short convolution'}
+DIFFERENTIAL = {'differential attention'}
 
 # ---- kind of model: for each kind of layer, the layers, its roles, its mixers
 
@@ -45,7 +45,7 @@ EXPECTED = dict(
     falcon_h1=[([0, 1, 2], f'{ATTENTION} {MAMBA2} {MLP}', SSM2 | SOFTMAX)],
     granite4=[([0, 2], f'{MAMBA2} {SHARED}', SSM2), ([1], f'{ATTENTION} {SHARED}', SOFTMAX)],
     jamba=[([0, 2], f'{MAMBA1} {MLP}', SSM1), ([1], f'{ATTENTION} {EXPERTS}', SOFTMAX)],
-    lfm2=[([0, 2], f'{CONV} {MLP}', {'conv'}), ([1], f'{ATTENTION} {MLP}', SOFTMAX)],
+    lfm2=[([0, 2], f'{CONV} {MLP}', CONVOLUTION), ([1], f'{ATTENTION} {MLP}', SOFTMAX)],
     afmoe=[([0], f'{ATTENTION} g {MLP}', SOFTMAX), ([1, 2, 3], f'{ATTENTION} g {SHARED}', SOFTMAX)],
     olmo2=[([0, 1, 2], f'{ATTENTION} {MLP}', SOFTMAX)],
     diffllama=[([0, 1, 2], f'{DIFF} {MLP}', DIFFERENTIAL)],

@@ -164,3 +164,18 @@ def test_bad_input(work, carried, alignment, hundred):
         result = run(*args)
         assert result.exit_code == 2 and word in result.stderr, (args, result.output)
         assert not out.exists()
+
+def test_transfer_says_what_it_did(tmp_path):
+    result = CliRunner().invoke(app, ['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '-o', str(tmp_path/'out')])
+    lines = result.stdout.splitlines()
+    assert 'old layer → new layer: 0→0, 1→1, 2→3, 3→5' in lines and 'lora' not in lines
+    assert 'energy of the adapter (Σ‖ΔW‖²) that has a place in the new model: 100.0%' in lines
+    assert not any('None' in line or '{' in line for line in lines)
+
+def test_questions_are_evaluated_without_lm_eval(tmp_path):
+    code = "import sys; sys.modules['lm_eval'] = None; from lorasuite.cli import app; app()"
+    command = [sys.executable, '-c', code, 'evaluate', 'zoo/new', '--data', 'zoo/validation.jsonl', '--json']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)['questions'] > 100, done.stderr
+    done = subprocess.run(command[:-3] + ['--tasks', 'piqa'], capture_output=True, text=True)
+    assert done.returncode == 2 and 'lorasuite[eval]' in done.stderr

@@ -327,6 +327,8 @@ def test_turns_that_are_none_are_named(turns, what, tmp_path):
     ('{"question": "?", "reply": "!"}', 'a.json', 'it has question, reply. Name the columns, .*--columns'),
     ('', 'a.csv', 'not readable as a table'), ('PAR', 'a.parquet', 'not readable as Parquet'),
     ('instruction,output\n', 'a.csv', 'holds no example'),
+    ('instruction,output\n2+2, please,4\n', 'a.csv', 'the rows have more fields than the header'),
+    ('instruction,output,source\nWhat is 2+2?,4,math,\n', 'a.csv', 'the rows have more fields than the header'),
     ('{"text": "a"}\n{"text": 3}', 'a.jsonl', "example 2 has no text under 'text'"),
     (b'instruction,output\n\xe9,b\n', 'a.csv', 'not readable as a table')], ids=str)
 def test_files_that_cannot_be_read_are_named(content, name, what, tmp_path):

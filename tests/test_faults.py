@@ -46,6 +46,15 @@ def remove(*names):
     "What removes files"
     return lambda folder: [(folder/n).unlink() for n in names]
 
+def both(*changes):
+    "Several damages"
+    return lambda folder: [change(folder) for change in changes]
+
+def pickled_weights(folder):
+    "The weights as a pickle of tensors"
+    torch.save(load_file(folder/WEIGHTS), folder/'pytorch_model.bin')
+    (folder/WEIGHTS).unlink()
+
 def pickled(folder):
     "A pickle that would run a command, in place of the weights"
     (folder/WEIGHTS).unlink()

@@ -63,6 +63,10 @@ def test_epochs_and_steps(decoder, adapter):
     assert count() == 9 and count(epochs=1) == 3 and count(epochs=.5) == 2
     assert count(epochs=5, steps=2) == 2 and count(epochs=0) == 0
 
+def test_the_card_says_how_the_model_was_asked(decoder, adapter):
+    tuned, _ = finetune(decoder, ROWS, adapter, steps=1, prompts=Prompts('Q: {instruction}\nA:'))
+    assert "Form of the prompts: `plain prompt 'Q: {instruction}\\nA:'`." in tuned.card
+
 def test_fewer_examples_than_a_step(decoder, adapter, monkeypatch):
     seen = asked(monkeypatch)
     finetune(decoder, ROWS[:3], adapter, steps=2)

@@ -48,6 +48,54 @@ def test_an_alignment_of_another_pair_is_refused(work, tmp_path, alignment, mess
     assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
     assert '--force' in result.stderr and not any(tmp_path.iterdir())
 
+def as_pickle(folder):
+    "Keep the weights as older models have them"
+    torch.save(load_file(folder/'model.safetensors'), folder/'pytorch_model.bin')
+    (folder/'model.safetensors').unlink()
+
+def other_heads(folder):
+    "Divide the same weights into twice as many heads"
+    config = json.loads((folder/'config.json').read_text())
+    heads = {k: 2*config[k] for k in ('num_attention_heads', 'num_key_value_heads')}
+    size = config['hidden_size']//config['num_attention_heads']//2
+    (folder/'config.json').write_text(json.dumps(config | heads | dict(head_dim=size)))
+
+def other_tokens(folder):
+    "Give two tokens each other's ids"
+    tokenizer = json.loads((folder/'tokenizer.json').read_text())
+    vocabulary = tokenizer['model']['vocab']
+    a, b = [token for token, i in vocabulary.items() if i in (40, 41)]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (folder/'tokenizer.json').write_text(json.dumps(tokenizer))
+
+@pytest.mark.parametrize('edit, message', [(other_heads, 'the configuration of '), (other_tokens, 'the tokenizer of ')])
+def test_an_alignment_of_a_model_that_reads_otherwise_is_refused(work, tmp_path, edit, message):
+    shutil.copytree(work/'new', tmp_path/'new')
+    assert run('align', 'zoo/old', tmp_path/'new', '--texts', work/'texts', '-o', tmp_path/'maps').exit_code == 0
+    edit(tmp_path/'new')
+    result = run('transfer', 'zoo/adapter', tmp_path/'maps', '-o', tmp_path/'out')
+    assert result.exit_code == 2 and message in result.stderr
+    assert 'changed since the alignment was made' in result.stderr
+
+def test_weights_in_a_pickle_are_compared_too(work, tmp_path):
+    shutil.copytree(work/'new', tmp_path/'new')
+    as_pickle(tmp_path/'new')
+    assert run('align', 'zoo/old', tmp_path/'new', '--texts', work/'texts', '-o', tmp_path/'maps').exit_code == 0
+    file = tmp_path/'new'/'pytorch_model.bin'
+    torch.save({k: t.flip(0) if 'down_proj' in k else t for k, t in torch.load(file).items()}, file)
+    result = run('transfer', 'zoo/adapter', tmp_path/'maps', '-o', tmp_path/'out')
+    assert result.exit_code == 2 and 'have changed since' in result.stderr
+
+def test_other_files_beside_the_weights_change_nothing(work, tmp_path):
+    shutil.copytree(work/'new', tmp_path/'new')
+    assert run('align', 'zoo/old', tmp_path/'new', '--texts', work/'texts', '-o', tmp_path/'maps').exit_code == 0
+    save_file({'note': torch.ones(2)}, tmp_path/'new'/'note.safetensors')
+    assert run('transfer', 'zoo/adapter', tmp_path/'maps', '-o', tmp_path/'out').exit_code == 0
+
+def test_convert_warns_of_another_base(work, tmp_path):
+    result = run('convert', 'zoo/adapter', '--base', work/'sibling', '-o', tmp_path/'out')
+    assert result.exit_code == 0 and 'WRONG BASE?' in result.stderr
+
 def test_a_stale_alignment_is_refused_unless_forced(work, tmp_path):
     shutil.copytree(work/'new', tmp_path/'new')
     assert run('align', 'zoo/old', tmp_path/'new', '--texts', work/'texts', '-o', tmp_path/'maps').exit_code == 0

@@ -13,6 +13,7 @@ from lorasuite.core.containers import SETTINGS
 from lorasuite.core.files import data_dir
 from lorasuite.core.keys import PREFIX, unquantised_name
 from lorasuite.core.loading import load_model
+from lorasuite.core.model import model_info
 from lorasuite.stages.alignment import align
 from lorasuite.stages.transfer import transfer
 from lorasuite.stages.whole_weights import weights_to_updates
@@ -134,10 +135,40 @@ def test_a_hub_repository_with_folders(tmp_path, monkeypatch):
     def fetch(name, allow_patterns):
         fetched.extend(allow_patterns)
         return str(repository)
+    monkeypatch.setattr('lorasuite.core.files.hub_fault', str)
     monkeypatch.setattr('lorasuite.core.containers.snapshot_download', fetch)
     with pytest.raises(ValueError, match=r'org/two holds 2 adapters \(chat, sql\)'): Adapter.load('org/two')
     check_same(Adapter.load('org/two', adapter_name='chat'))
     assert fetched[-1] == 'chat/adapter_model*' and not any(p == '*.safetensors' for p in fetched)
+
+def as_bin(folder):
+    torch.save(load_file(folder/FILE), folder/'adapter_model.bin')
+    (folder/FILE).unlink()
+
+def as_other(format):
+    def make(folder):
+        Adapter.load(folder).save(folder.with_name('made'), format=format)
+        shutil.rmtree(folder)
+        folder.with_name('made').rename(folder)
+    return make
+
+REPOSITORIES = dict(peft=lambda folder: None, bin=as_bin, mlx=as_other('mlx'), gguf=as_other('gguf'))
+
+@pytest.mark.parametrize('kind', REPOSITORIES)
+def test_the_format_of_a_hub_repository(tmp_path, monkeypatch, kind):
+    repository = shutil.copytree(ZOO/'adapter', tmp_path/'repository')
+    REPOSITORIES[kind](repository)
+    asked = []
+    def fetch(name, allow_patterns):
+        asked.append(name)
+        return str(repository)
+    for module in ('containers', 'formats.mlx', 'formats.gguf'):
+        monkeypatch.setattr(f'lorasuite.core.{module}.snapshot_download', fetch)
+    monkeypatch.setattr('lorasuite.core.files.hub_fault', str)
+    names = [path.name for path in repository.iterdir()]
+    monkeypatch.setattr('lorasuite.core.containers.list_repo_files', lambda name: names)
+    check_same(Adapter.load('org/mine'))
+    assert {*asked} == {'org/mine'}
 
 def cut(folder, suffix):
     "Cut the tensors into two files with an index"
@@ -362,6 +393,37 @@ def test_whole_matrices_are_carried_as_updates(tokenizer, tmp_path, rank):
     if rank == 64: assert left <= 1e-3 and not carried.skipped
     else: assert .1 < left < 1 and 'the rest is carried in rank 8' in carried.card
 
+@pytest.mark.parametrize('family', ['gpt_neox', 'bloom', 'falcon'])
+def test_separate_projections_join_where_rows_alternate_by_head(tokenizer, family):
+    base = random_decoder(tokenizer, family, layers=1)
+    path, roles = next((path, roles) for path, roles in model_info(base).roles_of_modules().items() if 'q' in roles)
+    numbers = {role: [i for run in runs for i in range(*run)] for role, runs in roles.items()}
+    pairs = {role: (torch.randn(2, 64), .1*torch.randn(len(rows), 2)) for role, rows in numbers.items()}
+    owner = path.rpartition('.')[0]
+    adapter = Adapter({f'{owner}.{role}_proj': pair for role, pair in pairs.items()})
+    found, merged = logits(base, tokens(), adapter), copy.deepcopy(base)
+    weight = merged.model.get_submodule(path).weight
+    with torch.no_grad():
+        for role, (A, B) in pairs.items(): weight[numbers[role]] += B@A
+    assert path.endswith('query_key_value') and error(found, logits(merged, tokens())) <= 1e-5
+    heads = numbers['q'] != [*range(len(numbers['q']))]
+    assert heads == (family != 'falcon') # of which a new decoder has groups
+
+@pytest.mark.filterwarnings('ignore')
+def test_whole_matrices_that_are_stored_transposed(tokenizer, tmp_path):
+    old, ids = random_decoder(tokenizer, 'gpt2', layers=2), tokens()
+    true = train(old, tmp_path/'a', target_modules=['c_attn'], modules_to_save=['mlp.c_fc', 'attn.c_proj'])
+    adapter = Adapter.load(tmp_path/'a')
+    assert error(logits(old, ids, adapter), true) <= 1e-5
+    for name in [name for name in adapter.weights if name.endswith('bias')]: # they are named, and have no place
+        assert name in transfer(weights_to_updates(adapter, old, 96), align(old, old, FEW)).skipped
+        del adapter.weights[name]
+    true = logits(old, ids, adapter)
+    source = weights_to_updates(adapter, old, 96)
+    assert not source.weights and {A.shape[1] for A, _ in source.updates.values()} == {64}
+    carried = transfer(source, align(old, old, FEW))
+    assert error(logits(old, ids, carried), true) <= 1e-4
+
 def test_commands_carry_whole_matrices(tmp_path):
     old = load_model('zoo/old')
     train(old, tmp_path/'a', target_modules=['q_proj'], modules_to_save=['lm_head', 'norm'])
@@ -387,3 +449,12 @@ def test_the_whole_state_of_a_peft_model(decoder, tmp_path):
     with torch.no_grad(): assert error(logits(decoder, tokens(), adapter), model(tokens()).logits) <= 1e-6
     source = weights_to_updates(adapter, decoder)
     assert source.updates.keys() == adapter.updates.keys() | {'lm_head'} and not source.embeddings
+
+def test_the_card_of_a_tuned_adapter_does_not_miss_what_it_has(tmp_path):
+    "Whole weights are trained with the adapter, so nothing is left out"
+    train(load_model('zoo/old'), tmp_path/'a', target_modules=['q_proj'], modules_to_save=['norm'])
+    args = ['finetune', 'zoo/old', str(tmp_path/'a'), '--data', 'zoo/validation.jsonl', '--steps', '1']
+    result = CliRunner().invoke(app, [*args, '-o', str(tmp_path/'out')])
+    assert result.exit_code == 0, result.output
+    assert 'model.norm.weight' in Adapter.load(tmp_path/'out').weights
+    assert 'skipped' not in (tmp_path/'out'/'README.md').read_text() and 'skipped' not in result.stdout

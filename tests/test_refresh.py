@@ -179,7 +179,8 @@ def test_lessons_are_kept(zoo, specialist, questions, taught, tmp_path, monkeypa
 
 def test_answers_that_teach_nothing(decoder, monkeypatch):
     monkeypatch.setattr('lorasuite.training.refresh.generate', lambda *a, **k: ['Kirk', '', 'Kirk '*30])
-    assert [e['instruction'] for e in pseudo_label(None, decoder.tokenizer, ROWS[:3])] == [ROWS[0]['instruction']]
+    found = pseudo_label(decoder.model, decoder.tokenizer, ROWS[:3])
+    assert [e['instruction'] for e in found] == [ROWS[0]['instruction']]
     monkeypatch.setattr('lorasuite.training.refresh.generate', lambda *a, **k: ['', '', ''])
     with pytest.raises(ValueError, match='left all 3 inputs unanswered'): distillation_data(decoder, ROWS[:3])
     with pytest.raises(ValueError, match='no inputs'): distillation_data(decoder, [])
@@ -213,6 +214,7 @@ def test_gold_wins(decoder, taught, monkeypatch):
     assert len(said) == len(taught) and sum('Nowhere' in s for s in said) == 3
     assert all('Nowhere' in s for s in said if any(g['instruction'] in s for g in gold))
     assert f'{len(taught)-3} answers of the old specialist and 3 labelled' in refreshed.card
+    assert 'Form of the prompts: `plain prompt' in refreshed.card
     last = seen['loss'].p[[l for l in seen['rows'][-1]['labels'] if l >= 0]]
     assert last.max(1).values.eq(1).all(), 'a true label is not softened'
 
@@ -249,7 +251,7 @@ def test_packed_lessons_teach_the_same(decoder, adapter):
 
 def test_refused(decoder, taught):
     with pytest.raises(ValueError, match='nothing to learn from'): refresh(decoder, [])
-    with pytest.raises(ValueError, match='soft=2 is not a share'): refresh(decoder, taught, soft=2)
+    with pytest.raises(ValueError, match='soft=2: give a number from 0 to 1'): refresh(decoder, taught, soft=2)
 
 def test_zero_steps_return_the_start(decoder, taught, adapter):
     same, losses = refresh(decoder, taught, adapter, steps=0)

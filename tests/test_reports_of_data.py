@@ -92,7 +92,6 @@ def test_a_template_without_system_texts(tokenizer):
         text = renderer.text(dict(messages=[dict(role='system', content='Be short.')] + CHAT[:1]))
     assert text == '<user>Be short.\n\nWho?<turn_end>\n<assistant>'
 
-@pytest.mark.xfail(strict=True, reason='each rendering takes the date of its day: no date is kept for a run')
 def test_a_template_that_writes_the_date(tokenizer, monkeypatch):
     "sgl-project/sglang#3296, unslothai/unsloth#881"
     made = chat(tokenizer, "{{ strftime_now('%d %b %Y') }} " + TEMPLATE)
@@ -104,7 +103,8 @@ def test_a_template_that_writes_the_date(tokenizer, monkeypatch):
     renderer = Renderer(made)
     first = renderer.text(dict(messages=CHAT[:1]))
     Clock.day = 2
-    assert renderer.text(dict(messages=CHAT[:1])) == first
+    assert renderer.text(dict(messages=CHAT[:1])) == first and '26 Jul 2024 <user>' in first
+    assert str(renderer) == 'own chat template, dated 26 Jul 2024 on every day'
 
 THINK = ("{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}"
          "{% set parts = m['content'].split('</think>') %}{% if parts[1:] %}<think>\n"
@@ -120,11 +120,12 @@ def test_an_answer_with_only_a_closing_think_mark(tokenizer):
     assert said['keep'].count('</think>') == 1 and '2+2=4' in said['keep']
     assert '2+2=4' not in said['drop'] and said['drop'].rstrip().endswith('4<turn_end>')
 
-@pytest.mark.xfail(strict=True, reason='a header behind the last answer is learned: it is not looked for')
 def test_a_template_that_always_ends_in_a_header(tokenizer):
     "unslothai/unsloth#880"
     said = learned(Renderer(chat(tokenizer, TURNS + '<assistant>')))
     assert said == 'Ann.<turn_end>\n'
+    assert learned(Renderer(chat(tokenizer, TURNS + '<assistant>')), CHAT + CHAT) == 'Ann.<turn_end>\n'*2
+    assert Renderer(chat(tokenizer, TURNS + '<assistant>')).text(dict(messages=CHAT[:1])).endswith('<assistant>')
 
 def test_a_template_in_a_file_of_its_own(tokenizer, tmp_path):
     "huggingface/text-generation-inference#3247, ggml-org/llama.cpp#6484"

@@ -719,6 +719,10 @@ def _norms_behind(
             if reaching == own[role]: arch.after[role] = name
 
 # %% ../../nbs/reference/architecture.ipynb #detect11
+_TERMS = { # parameters beside the linear maps: what the field calls such a mixer
+    'A_log D conv1d': 'Mamba', 'A_log D conv1d dt_bias': 'Mamba 2', 'A_log conv1d dt_bias': 'gated delta net',
+    'conv': 'short convolution', 'lambda_k1 lambda_k2 lambda_q1 lambda_q2': 'differential attention'}
+
 def _name_mixer(
     found:_Detection,   # of a block, with all roles
     writer:str,         # a writer that mixes tokens
@@ -727,7 +731,7 @@ def _name_mixer(
     parent = writer.rpartition('.')[0]
     inside = [n.removeprefix(f'{parent}.') for n, _ in found.block.named_parameters() if n.startswith(f'{parent}.')]
     marks = sorted({n for n in inside if '.' not in n} | {n.partition('.')[0] for n in inside if 'conv' in n})
-    if marks: return ' '.join(marks)
+    if marks: return _TERMS.get(' '.join(marks), ' '.join(marks))
     linked = any(role.startswith(f'{parent}.') for role in found.found.links)
     return 'latent attention' if linked else 'other attention'
 

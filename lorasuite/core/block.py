@@ -15,6 +15,7 @@ from .architecture import BlockArchitecture
 from .dry_run import out_features
 from .experts import expert_stacks, split_expert
 from .model import Decoder, Norm, read_norm
+from .settings import checked
 
 # %% ../../nbs/reference/block.ipynb #a4e14421
 def dense_weight(
@@ -134,11 +135,15 @@ def _read_before(
     return before | {role: latent[role] for role in linked}
 
 # %% ../../nbs/reference/block.ipynb #readblockfn
+@checked()
 def read_block(
     decoder:Decoder,    # a model, with its weights in memory or in their files
     layer:int,          # one of its layers
 ) -> Block:
-    "Read one block of a model: every module of it once"
+    "Read one block of a model: every module of it once; raises `ValueError` for a layer that it does not have"
+    if not 0 <= layer < decoder.layers:
+        raise ValueError(f'{decoder.name} has no layer {layer}: its layers are 0 to {decoder.layers - 1}')
+    decoder.check_weights()
     found, block = decoder.architectures[layer], decoder.blocks[layer]
     weights, stacks = _read_weights(decoder, layer), _read_stacks(block)
     behind = {}

@@ -86,6 +86,7 @@ class Stored:
     module:bool=False      # is it adapted through its module all the same?
     file:str=''            # path in the file where it is another; {} stands for the first number in the path
     refused:str=''         # why PEFT does not adapt it
+    writer:str=''          # version of PEFT that wrote the file, where it says so
 
 # %% ../../nbs/reference/experts.ipynb #a8558ee2
 _RENAMED = ('gate', 'w1', 'w2', 'w3', 'gate_proj', 'up_proj', 'down_proj')
@@ -282,11 +283,23 @@ def _module_path(
     return next((f'{beside}.{name}' for name in names if f'{beside}.{name}' in modules), path)
 
 # %% ../../nbs/reference/experts.ipynb #aa9103ff
+def _turned_by(
+    version:str,        # of PEFT
+    stack:ExpertStack,  # a parameter
+) -> bool|None: # None for a version that is not known
+    "Does a version of PEFT write A and B of a parameter the other way round?"
+    found = re.match(r'(\d+)\.(\d+)(?:\.(\d+))?', version)
+    if not found: return None
+    number = tuple(int(n or 0) for n in found.groups())
+    if number >= (0, 19, 1): return stack.turned
+    return not (stack.turned if number == (0, 19, 0) else stack.transposed)
+
+# %% ../../nbs/reference/experts.ipynb #2ff034a1
 def _are_turned(
     owner:str,                     # path of the module with the experts
     adapter:'Adapter',             # as read from a file
     stacks:dict[str, ExpertStack], # of the model
-) -> bool:
+) -> bool|None: # None where nothing tells
     "Do A and B of the updates of a module's experts stand the other way round?"
     rule = False
     for path, (A, B) in adapter.updates.items():
@@ -294,7 +307,7 @@ def _are_turned(
         stack = stacks.get(parameter)
         if stack is None or expert is None or parameter.rpartition('.')[0] != owner: continue
         if stack.out != stack.in_: return (len(B), A.shape[1]) == (stack.in_, stack.out)
-        rule = stack.turned
+        rule = _turned_by(adapter.parameters.get(parameter, Stored()).writer, stack)
     return rule
 
 # %% ../../nbs/reference/experts.ipynb #namescls
@@ -336,11 +349,12 @@ def weight_names(
 def _turned_modules(
     adapter:'Adapter',  # as read from a file
     names:WeightNames,  # of the model that it is for
-) -> set[str]: # paths of owners of experts and of plain modules
-    "The modules whose factors the file has the other way round"
+) -> dict[str, bool|None]: # path of an owner of experts, or of a plain module: do they? None where nothing tells
+    "The modules whose factors the file may have the other way round"
     unknown = {path for path, how in adapter.parameters.items() if how.turned is None}
     owners = {path.rpartition('.')[0] for path in unknown if path in names.stacks}
-    return {owner for owner in owners if _are_turned(owner, adapter, names.stacks)} | unknown & names.transposed
+    return ({owner: _are_turned(owner, adapter, names.stacks) for owner in owners}
+            | dict.fromkeys(unknown & names.transposed, True))
 
 # %% ../../nbs/reference/experts.ipynb #84fafcee
 def _place_update(
@@ -362,6 +376,9 @@ def _place_update(
     return path, (A, B)
 
 # %% ../../nbs/reference/experts.ipynb #08fd0741
+_SQUARE = ('PEFT before 0.19.1 wrote its factors the other way round, its weight is square, and the settings name no '
+           'peft_version: write that of the training into adapter_config.json')
+
 def translate_experts(
     adapter:'Adapter',              # as read from a file, of any version
     model:nn.Module|WeightNames,    # a transformers model that it is for, possibly on the meta device, or its names
@@ -372,7 +389,10 @@ def translate_experts(
     for path, (A, B) in adapter.updates.items():
         parameter, expert = split_expert(path)
         owner = path if expert is None else parameter.rpartition('.')[0]
-        pair = (B.T, A.T) if owner in turned else (A, B)
+        if turned.get(owner, False) is None:
+            skipped[path] = _SQUARE
+            continue
+        pair = (B.T, A.T) if turned.get(owner) else (A, B)
         try: new, pair = _place_update(path, pair, names.stacks, names.modules)
         except ValueError as e: skipped[path] = f'it does not fit the model: {e}'
         else: found.setdefault(new, []).append(pair)

@@ -43,6 +43,7 @@ def _adapter_of(
     found = _NAMED.search(key)
     return found[2] if found else ''
 
+# %% ../../nbs/reference/keys.ipynb #88dd4fec
 def _without_adapter(
     key:str, # of a tensor in an adapter file
 ) -> str:
@@ -75,6 +76,16 @@ def _check_distinct(
     first, second = [key for key, name in plain.items() if name == twice[0]][:2]
     raise ValueError(f'{file}: {first} and {second} are names of the same tensor: save the adapter again')
 
+# %% ../../nbs/reference/keys.ipynb #keycopy1
+_OF_THE_BASE = ('.original_module.', '.token_adapter.base_layer.')
+
+def _without_copies(
+    keys:list[str], # of the tensors in an adapter file
+) -> list[str]:
+    "The keys without the base's own modules, and without the second copy of a module that was trained whole"
+    whole = {_without_adapter(key) for key in keys if '.modules_to_save.' in key}
+    return [key for key in keys if key not in whole and not any(mark in key for mark in _OF_THE_BASE)]
+
 # %% ../../nbs/reference/keys.ipynb #9f169774
 def plain_keys(
     keys:Iterable[str],         # of the tensors in an adapter file
@@ -82,10 +93,10 @@ def plain_keys(
     adapter_name:str|None=None, # which adapter to read, where the keys name several
 ) -> tuple[dict[str, str], list[str]]: # key in the file: plain key; what was taken off or added, each once
     "The keys as PEFT's `save_pretrained` writes them; raises `ValueError` where they contradict each other"
-    keys = [*keys]
+    keys = _without_copies([*keys])
     name = _chosen_adapter({*map(_adapter_of, keys)} - {''}, file, adapter_name)
     said, plain = Counter(), {}
-    for key in [key for key in keys if _adapter_of(key) in ('', name) and '.original_module.' not in key]:
+    for key in [key for key in keys if _adapter_of(key) in ('', name)]:
         found, parts = _without_wrappers(key)
         plain[key] = _without_adapter(found)
         said.update(parts + [f'without the adapter name `.{name}`']*(_adapter_of(key) != ''))

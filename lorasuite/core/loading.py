@@ -19,24 +19,12 @@ from huggingface_hub import get_safetensors_metadata, snapshot_download
 from safetensors import safe_open, SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.peft_utils import find_adapter_config_file
 from .architecture import find_blocks, text_decoder
-from .files import file_hash, resolve
+from .files import file_hash, indexed_files, locate, resolve
 from .model import Decoder, pick_device, pick_dtype
-
-# %% ../../nbs/reference/loading.ipynb #1dc5bd9d
-def _check_index(
-    index:Path, # model.safetensors.index.json of a model
-):
-    "Raise `ValueError` or `FileNotFoundError` unless every file that the index names lies beside it"
-    try: files = sorted({*json.loads(index.read_text())['weight_map'].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f'{index} is not a readable index of weights ({e}): fetch the model again') from None
-    for file in files:
-        if Path(file).name != file:
-            raise ValueError(f'{index} names {file}, which is not in its directory: do not trust this model')
-        if not (index.parent/file).is_file():
-            raise FileNotFoundError(f'{index} names {file}, which is not there: fetch the model again')
+from .settings import checked
 
 # %% ../../nbs/reference/loading.ipynb #2967af12
 def _headers(
@@ -50,18 +38,108 @@ def _headers(
     except (OSError, SafetensorError) as e:
         raise ValueError(f'{file} is damaged ({e}): fetch the model again') from None
 
+# %% ../../nbs/reference/loading.ipynb #23c19a31
+def _pickled_headers(
+    file:Path, # `.bin`
+) -> dict[str, tuple[str, list[int]]]: # weight: its type, its shape
+    "What a pickle of tensors holds; raises `ValueError` for a damaged one, or one that holds anything else"
+    try: found = torch.load(file, map_location='meta', weights_only=True)
+    except Exception as e: # a damaged pickle ends in errors of all kinds
+        why = f'(weights_only): {e}'.partition('\n')[0]
+        raise ValueError(f'cannot load {file}, which is damaged or holds more than tensors {why}') from None
+    if not isinstance(found, dict): raise ValueError(f'cannot load {file}: it is no table of weights')
+    return {str(k): (str(t.dtype)[6:], [*t.shape]) for k, t in found.items() if isinstance(t, torch.Tensor)}
+
 # %% ../../nbs/reference/loading.ipynb #79bacd05
+def _settings(
+    file:Path, # of a model, in JSON
+) -> dict: # empty for a file that is not there, or that `transformers` will refuse
+    "What a configuration file of a model says"
+    try: found = json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError): return {}
+    return found if isinstance(found, dict) else {}
+
+# %% ../../nbs/reference/loading.ipynb #2979d99a
+def _is_quantised(
+    folder:Path, # of a model
+) -> bool:
+    "Is a model quantised in a way that `transformers` knows? Raises `ValueError` where its settings are no table"
+    said = _settings(folder/'config.json').get('quantization_config')
+    if said is None: return False
+    if not isinstance(said, dict):
+        raise ValueError(f'{folder/"config.json"}: quantization_config={said!r:.60} is no table of settings: '
+                         'give the model before it was quantised')
+    method = str(said.get('quant_method'))
+    bits = said.get('load_in_8bit') or said.get('load_in_4bit')
+    return bool(bits) or {method, f'{method}_4bit'} & {*AUTO_QUANTIZATION_CONFIG_MAPPING} != set()
+
+# %% ../../nbs/reference/loading.ipynb #8bbbf952
+def _weight_headers(
+    folder:Path, # of a model
+) -> Iterator[tuple[Path, dict[str, tuple[str, list[int]]]]]: # file, what it holds
+    "What the weight files of a model hold; raises an error for files that are missing, damaged or elsewhere"
+    for index in sorted(folder.glob('*.safetensors.index.json')): indexed_files(index, 'model')
+    for file in sorted(folder.glob('*.safetensors')): yield file, _headers(file)
+    if any(folder.glob('model*.safetensors')): return
+    whole, index = folder/'pytorch_model.bin', folder/'pytorch_model.bin.index.json'
+    pickles = [whole] if whole.is_file() else indexed_files(index, 'model') if index.is_file() else []
+    for file in pickles: yield file, _pickled_headers(file)
+
+# %% ../../nbs/reference/loading.ipynb #9fb2e4b8
+_FLOATS = ('F16', 'BF16', 'F32', 'F64', 'float16', 'bfloat16', 'float32', 'float64')
+
 def _check_files(
     folder:Path, # of a model
 ):
-    "Raise an error naming a weight file that is missing, damaged or elsewhere, or a weight of integers"
-    index, config = folder/'model.safetensors.index.json', folder/'config.json'
-    quantised = config.is_file() and b'"quantization_config"' in config.read_bytes()
-    if index.is_file(): _check_index(index)
-    for file in sorted(folder.glob('*.safetensors')):
-        for key, (kind, _) in _headers(file).items():
-            if quantised or not key.endswith('.weight') or 'F' in kind: continue
+    "Raise an error naming a weight file that is missing, damaged or elsewhere, or a weight of integers or 8 bits"
+    quantised = _is_quantised(folder)
+    for file, weights in _weight_headers(folder):
+        for key, (kind, _) in weights.items():
+            if quantised or not key.endswith(('.weight', '_proj')) or kind in _FLOATS: continue
             raise ValueError(f'{file}: {key} is of type {kind}: give the model before it was quantised')
+
+# %% ../../nbs/reference/loading.ipynb #4ec9d51d
+def _check_generation(
+    folder:Path, # of a model
+):
+    "Raise `ValueError` for a generation_config.json that is no table, or whose tokens are no numbers"
+    file = folder/'generation_config.json'
+    if not file.is_file(): return
+    remedy = 'correct it, or remove it'
+    try: said = json.loads(file.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e: raise ValueError(f'{file} is not readable ({e}): {remedy}') from None
+    if not isinstance(said, dict): raise ValueError(f'{file} is no table of settings: {remedy}')
+    for key in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+        ids = said.get(key)
+        if ids is None or all(type(i) is int for i in (ids if isinstance(ids, list) else [ids])): continue
+        raise ValueError(f'{file}: {key}={ids!r:.60} is not the number of a token: {remedy}')
+
+# %% ../../nbs/reference/loading.ipynb #34a2d2ab
+_MOST_LAYERS = 2000
+
+def _numbers(
+    settings,   # a value of a configuration
+    path:str='',# to it
+) -> Iterator[tuple[str, float]]: # path of a key, number; of a list besides its numbers its length
+    "All numbers of a configuration"
+    if isinstance(settings, int|float) and not isinstance(settings, bool): yield path, settings
+    if isinstance(settings, list): yield path, len(settings)
+    parts = enumerate(settings) if isinstance(settings, list) else getattr(settings, 'items', tuple)()
+    for key, value in parts: yield from _numbers(value, f'{path}.{key}' if path else str(key))
+
+# %% ../../nbs/reference/loading.ipynb #95962b40
+def _check_sizes(
+    name:str|os.PathLike, # of the model, for messages
+    settings:dict,        # its configuration
+):
+    "Raise `ValueError` naming a setting that is not a number, or more layers than any model has"
+    for key, x in _numbers(settings):
+        if key in ('num_hidden_layers', 'text_config.num_hidden_layers') and x < 1:
+            raise ValueError(f'{name}: {key} in its config.json is {x}: fetch the model again')
+        if x != x: raise ValueError(f'{name}: {key} in its config.json is not a number: fetch the model again')
+        if x > _MOST_LAYERS and re.search(r'layers?$|depth$|layer_types$', key):
+            raise ValueError(f'{name}: {key} in its config.json is {x:,}, and lorasuite reads {_MOST_LAYERS:,} layers '
+                             'at most: fetch the model again')
 
 # %% ../../nbs/reference/loading.ipynb #6cbd6562
 def _listed_classes(
@@ -129,7 +207,7 @@ def _check_loaded(
     model:PreTrainedModel,  # as loaded
     report:dict,            # what `from_pretrained` says of the keys
 ):
-    "Raise `ValueError` naming a weight that is missing, of another shape, without a place, or not finite"
+    "Raise `ValueError` naming a weight that is missing, of another shape or type, without a place, or not finite"
     if missing := sorted(report['missing_keys']):
         raise ValueError(f'{name} lacks weights ({len(missing)} in all, first {missing[0]}) that would be random: '
                          'fetch the model again')
@@ -140,6 +218,8 @@ def _check_loaded(
         raise ValueError(f'{name} holds weights ({len(extra)} in all, first {extra[0]}) that its configuration has '
                          'no place for: fetch the model again')
     for key, p in model.named_parameters():
+        if not p.is_floating_point() and not getattr(model, 'is_quantized', False):
+            raise ValueError(f'{name}: {key} is of type {p.dtype}: give the model before it was quantised')
         if p.isfinite().all(): continue
         raise ValueError(f'{name}: {key} has values that are not finite: the file is damaged, fetch the model again')
 
@@ -157,6 +237,20 @@ def _check_tokenizer(
                          "is the tokenizer another model's?")
 
 # %% ../../nbs/reference/loading.ipynb #e9ea1ae9
+_JSON_FILES = ('config.json', 'tokenizer_config.json', 'tokenizer.json', 'special_tokens_map.json', 'added_tokens.json')
+
+def _damaged_json(
+    folder:Path, # of a model
+) -> str: # empty where all are tables
+    "What is wrong with the settings and the tokenizer of a model"
+    for file in [folder/name for name in _JSON_FILES if (folder/name).is_file()]:
+        try: found = json.loads(file.read_text(encoding='utf-8'))
+        except (OSError, ValueError, RecursionError) as e:
+            return f'{file.name} is not a valid JSON file ({e}): fetch the model again'
+        if not isinstance(found, dict): return f'{file.name} is no table of settings: fetch the model again'
+    return ''
+
+# %% ../../nbs/reference/loading.ipynb #ec7903e2
 @contextmanager
 def _reading(
     name:str|os.PathLike, # of a model, for messages
@@ -164,8 +258,11 @@ def _reading(
     "Let whatever goes wrong while a library reads a model be a `ValueError` or an `OSError` that names it"
     try: yield
     except Exception as e:
-        kind = OSError if isinstance(e, OSError) else ValueError
-        raise kind(f'cannot load a model and its tokenizer from {name}: {e}') from None
+        kind, why = OSError if isinstance(e, OSError) else ValueError, str(e)
+        if isinstance(e, MemoryError) or 'allocate memory' in why:
+            why = 'the sizes in its config.json need more memory than this machine has'
+        why = _damaged_json(Path(resolve(name))) or why
+        raise kind(f'cannot load a model and its tokenizer from {name}: {why}') from None
 
 # %% ../../nbs/reference/loading.ipynb #ec5a0f5b
 def _check_no_adapter(
@@ -184,6 +281,29 @@ def _check_no_adapter(
     raise ValueError(f'{name} is an adapter, not a model: give the model that it was trained on'
                      + (f' ({base})' if base else ''))
 
+# %% ../../nbs/reference/loading.ipynb #3d3b9df6
+def _check_named_kinds(
+    folder:Path, # of a model
+):
+    "Raise `ValueError` where config.json names the class or the type of the weights by anything but names"
+    file = folder/'config.json'
+    said = _settings(file)
+    names = said.get('architectures') or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{file}: architectures={names!r:.60} is no list of names: fetch the model again')
+    for key in ('dtype', 'torch_dtype'):
+        if isinstance(said.get(key), str | dict | None): continue
+        raise ValueError(f'{file}: {key}={said[key]!r:.60} is no name of a type: fetch the model again')
+
+# %% ../../nbs/reference/loading.ipynb #f656094a
+def _check_folder(
+    folder:Path, # of a model
+):
+    "Raise an error naming a file of a model that cannot be what it should be"
+    _check_named_kinds(folder)
+    _check_files(folder)
+    _check_generation(folder)
+
 # %% ../../nbs/reference/loading.ipynb #e8d2a0a6
 def _read_config(
     name:str|os.PathLike,   # of the model, for messages
@@ -191,9 +311,12 @@ def _read_config(
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     "The configuration of a decoder-only language model, and the class to load it with"
     _check_no_adapter(name, source)
+    if Path(source).is_dir(): _check_folder(Path(source))
     with _reading(name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         kind = _model_class(config)
+        settings = config.to_dict()
+    _check_sizes(name, settings)
     _check_kind(name, config)
     return config, kind
 
@@ -216,9 +339,8 @@ def _read_checked(
     dtype:torch.dtype|str, # of the weights
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A model and its tokenizer, checked before and after loading"
-    source = resolve(name)
+    source = locate(name)
     config, kind = _read_config(name, source)
-    if Path(source).is_dir(): _check_files(Path(source))
     with _reading(name):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, report = kind.from_pretrained(
@@ -347,6 +469,7 @@ def _offload(
     return model
 
 # %% ../../nbs/reference/loading.ipynb #95b6ac71
+@checked()
 def load_model(
     name:str|os.PathLike|PreTrainedModel|Decoder, # a directory, `zoo/…`, a Hub id, a model, or a `Decoder`
     device:torch.device|None=None,    # where to put it; the best device by default
@@ -354,7 +477,9 @@ def load_model(
     lazy:bool=False,                  # leave the weights in their files and fetch each when it is needed?
 ) -> Decoder:
     "Load a model and its tokenizer; raises `ValueError` or `OSError` saying what is wrong with their files"
-    if isinstance(name, Decoder): return name
+    if isinstance(name, Decoder):
+        name.check_weights()
+        return name
     if isinstance(name, PreTrainedModel):
         _check_kind(name.name_or_path or type(name).__name__, name.config)
         return Decoder(name.eval(), AutoTokenizer.from_pretrained(name.name_or_path))
@@ -364,7 +489,19 @@ def load_model(
         model = _offload(model, device, dtype) if lazy else model.to(device)
     return Decoder(model, tokenizer, name)
 
+# %% ../../nbs/reference/loading.ipynb #weightfilesfn
+def _weight_files(
+    folder:Path, # of a model
+) -> list[Path]: # of which its weights are read
+    "The weight files of a model, without others that lie beside them"
+    for usual in ('model.safetensors', 'pytorch_model.bin'):
+        index = folder/f'{usual}.index.json'
+        if (folder/usual).is_file(): return [folder/usual]
+        if index.is_file(): return sorted({*indexed_files(index, 'model')})
+    return [file for file in sorted(folder.glob('*.safetensors')) if file.is_file()]
+
 # %% ../../nbs/reference/loading.ipynb #3876ce8c
+@checked()
 def weight_hashes(
     name:str, # a directory, `zoo/…`, or the Hub id of a model that has been fetched
 ) -> dict[str, str]: # weight file: its SHA-256
@@ -372,16 +509,18 @@ def weight_hashes(
     try:
         folder = Path(resolve(name))
         if not folder.is_dir():
-            folder = Path(snapshot_download(str(name), allow_patterns='*.safetensors', local_files_only=True))
+            kinds = ['*.safetensors', '*.bin', '*.index.json']
+            folder = Path(snapshot_download(str(name), allow_patterns=kinds, local_files_only=True))
+        return {file.name: file_hash(file) for file in _weight_files(folder)}
     except (OSError, ValueError): return {}
-    return {f.name: file_hash(f) for f in sorted(folder.glob('*.safetensors')) if f.is_file()}
 
 # %% ../../nbs/reference/loading.ipynb #f8b1dcd8
+@checked()
 def load_skeleton(
     name:str|os.PathLike, # a directory, `zoo/…`, or a Hub id
 ) -> Decoder: # with weights on the device `meta`
     "A model without weights, from its configuration and tokenizer; raises what `load_model` raises"
-    source = resolve(name)
+    source = locate(name)
     config, kind = _read_config(name, source)
     with _reading(name):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -389,11 +528,12 @@ def load_skeleton(
     return Decoder(model, tokenizer, name)
 
 # %% ../../nbs/reference/loading.ipynb #6a30de42
+@checked()
 def stored_weights(
     name:str|os.PathLike, # a directory, `zoo/…`, or a Hub id
 ) -> dict[str, int]: # type as safetensors writes it: number of weights
     "Number of weights of a model by type, from the headers of its files; raises an error where there are none"
-    source, found = resolve(name), Counter()
+    source, found = locate(name), Counter()
     with _reading(name):
         if not Path(source).is_dir(): return get_safetensors_metadata(source).parameter_count
         for file in Path(source).glob('*.safetensors'):

@@ -22,6 +22,7 @@ from .architecture import BlockArchitecture, detect_architectures, find_blocks, 
 from .architecture import text_decoder
 from .dry_run import in_features, normalises, out_features, parameter_modules
 from .experts import expert_stacks, ExpertStack, split_expert, Stored, stored_parameters, WeightNames
+from .settings import checked
 
 # %% ../../nbs/reference/model.ipynb #237220ab
 class Norm(NamedTuple):
@@ -197,22 +198,32 @@ def _is_tied(
 # %% ../../nbs/reference/model.ipynb #decoderclass
 _SIZES = ('vocab', 'hidden', 'intermediate', 'layers', 'heads', 'kv_heads', 'head_size')
 
+# %% ../../nbs/reference/model.ipynb #af714768
+def _can_pad(
+    tokenizer:PreTrainedTokenizerBase,  # of a model
+    rows:int,                           # of its embedding table
+) -> bool:
+    "Has it a token to fill up texts with, and the model a row for that token?"
+    return tokenizer.pad_token is not None and tokenizer.pad_token_id < rows
+
+# %% ../../nbs/reference/model.ipynb #b2a27b36
 class Decoder:
     "A decoder-only language model as a stack of blocks, which need not be alike"
+    @checked()
     def __init__(self,
         model:PreTrainedModel,                        # the model; `ValueError` names what is not understood in it
         tokenizer:PreTrainedTokenizerBase|None=None,  # its tokenizer
-        name:str|None=None,                           # directory or Hub id, as written into adapters
+        name:str|os.PathLike|None=None,               # directory or Hub id, as written into adapters
     ):
         self.model, self.tokenizer = dequantize_on_cpu(model), tokenizer
         self.name = str(name or model.config._name_or_path)
-        if tokenizer is not None and tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
+        self.vocab = self.model.get_input_embeddings().weight.shape[0]
+        if tokenizer is not None and not _can_pad(tokenizer, self.vocab): tokenizer.pad_token = tokenizer.eos_token
         self.stack, self.blocks = find_blocks(model)
         self.architectures = detect_architectures(model)
         self.layers = len(self.blocks)
         _check_adds(self)
         self.hidden = _stream_size(self.blocks, self.architectures)
-        self.vocab = self.model.get_input_embeddings().weight.shape[0]
         first = self.architecture
         self.heads, self.kv_heads, self.head_size = first.heads, first.kv_heads, first.head_size
         self.intermediate = max(found.intermediate for found in self.architectures)
@@ -235,8 +246,15 @@ class Decoder:
         body = text_decoder(self.model)
         return body if any(part is self.blocks for part in body.modules()) else self.model
 
+    def check_weights(self):
+        "Raise `ValueError` for a model without weights, as `load_skeleton` gives it"
+        parts = self.model.modules()
+        if self.model.device.type == 'meta' and not any(hasattr(module, '_hf_hook') for module in parts):
+            raise ValueError(f'{self.name} has no weights here, only its configuration: load it with `load_model`')
+
     def read(self, ids:Tensor):
         "Let the body read (texts, length) token ids; raises `ValueError` for a model that wants more than a text"
+        self.check_weights()
         try: return self.body(input_ids=ids, use_cache=False)
         except TypeError as e: # such as images
             raise ValueError(f'{self.name} does not read a text alone, as lorasuite lets it: {e}') from None
@@ -306,7 +324,8 @@ class Decoder:
 
     @property
     def attention(self) -> str:
-        "MHA: keys and values for every query head; MQA: one for all; GQA: one for each group"
+        "MHA: keys and values for every query head; MQA: one for all; GQA: one for each group; – without known heads"
+        if not self.heads: return '–'
         return 'MHA' if self.kv_heads == self.heads else 'MQA' if self.kv_heads == 1 else 'GQA'
 
     def __repr__(self):
@@ -519,6 +538,7 @@ def _outside_modules(
     return [name for name in matrices if not name.startswith(f'{decoder.stack}.')]
 
 # %% ../../nbs/reference/model.ipynb #modelinfofn
+@checked()
 def model_info(
     decoder:Decoder, # a model
 ) -> ModelInfo: # without revision and hashes

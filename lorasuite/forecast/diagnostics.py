@@ -12,6 +12,7 @@ from transformers import DataCollatorForSeq2Seq
 from ..core.adapter import Adapter
 from ..core.block import read_block
 from ..core.model import Decoder
+from ..core.settings import checked
 from ..stages.alignment import Alignment
 from ..stages.direct_copy import direct_copy
 from ..stages.head_mapping import head_similarity
@@ -40,12 +41,13 @@ def _head_means(
     return statistics.mean(chosen), statistics.mean(others)
 
 # %% ../../nbs/reference/diagnostics.ipynb #e9adbbf7
+@checked()
 def relatedness(
     old:Decoder, new:Decoder,   # both models
     alignment:Alignment,        # of them
 ) -> dict[str, float]: # `cka_chosen`, `cka_others`, `r2`, `heads_chosen`, `heads_others`
     "How near two models are, by their weights: R², and similarities of the chosen pairs and of all others"
-    cka_chosen, cka_others = mean_on_pairs(alignment.cka, alignment.layers)
+    cka_chosen, cka_others = mean_on_pairs(alignment.cka, alignment.layers + alignment.feed_forward)
     heads_chosen, heads_others = _head_means(old, new, alignment)
     return dict(cka_chosen=cka_chosen, cka_others=cka_others, r2=alignment.fit['r2'],
                 heads_chosen=heads_chosen, heads_others=heads_others)
@@ -62,6 +64,7 @@ def _candidates(
     except ValueError: return found
 
 # %% ../../nbs/reference/diagnostics.ipynb #6a706c82
+@checked()
 def diagnose(
     old:Decoder, new:Decoder,   # both models
     alignment:Alignment,        # of them

@@ -7,6 +7,7 @@ __all__ = ['alignment_checksum', 'write_alignment', 'read_alignment']
 
 # %% ../../nbs/reference/alignment_files.ipynb #b53085ac
 import hashlib, json, os
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from safetensors.torch import load_file, save, save_file
@@ -46,7 +47,7 @@ def _grouped_tensors(
     return found
 
 # %% ../../nbs/reference/alignment_files.ipynb #3f75bdce
-_FORMAT = 2 # of what this version writes
+_FORMAT = 3 # of what this version writes
 
 def _json_head(
     alignment, # an `Alignment`
@@ -54,7 +55,7 @@ def _json_head(
     "What alignment.json holds besides the checksum"
     models = dict(old=alignment.old.to_json(), new=alignment.new.to_json())
     return dict(format=_FORMAT, lorasuite=version('lorasuite'), method=alignment.method, **models,
-                layers=alignment.layers, fit=alignment.fit,
+                layers=alignment.layers, feed_forward=alignment.feed_forward, fit=alignment.fit,
                 unmatched=[maps.unmatched for maps in alignment.blocks], same_outside=alignment.same_outside)
 
 # %% ../../nbs/reference/alignment_files.ipynb #52144795
@@ -70,7 +71,9 @@ def write_alignment(
     alignment,              # an `Alignment`
     path:str|os.PathLike,   # directory to make
 ):
-    "Write alignment.json and alignment.safetensors, all or nothing; raises `FileExistsError`"
+    "Write alignment.json and alignment.safetensors, all or nothing; `ValueError` for numbers that are not finite"
+    from lorasuite.stages.alignment_checks import check_numbers
+    check_numbers(alignment)
     head = _json_head(alignment)
     with atomic_directory(path) as tmp, writing(path):
         file = tmp/'alignment.safetensors'
@@ -79,21 +82,71 @@ def write_alignment(
         (tmp/'alignment.json').write_text(json.dumps(head, indent=1))
 
 # %% ../../nbs/reference/alignment_files.ipynb #507033d2
+def _read_head(
+    path:Path, # directory of an alignment
+) -> tuple[dict, Path]: # what alignment.json holds, the file of maps
+    "Read alignment.json; raises `ValueError` where it is no table, or the checksum of both files is another"
+    file = path/'alignment.safetensors'
+    head = json.loads((path/'alignment.json').read_text(encoding='utf-8'))
+    if not isinstance(head, dict): raise ValueError('alignment.json is no table')
+    if type(head.get('format', 1)) is not int: raise ValueError(f'format is {head["format"]!r:.60}')
+    checksum = head.get('checksum')
+    found = _checksum({key: x for key, x in head.items() if key != 'checksum'}, file.read_bytes())
+    if checksum != found: raise ValueError('it was changed after it was saved')
+    return head, file
+
+# %% ../../nbs/reference/alignment_files.ipynb #38f71fdb
+@contextmanager
+def _field(
+    name:str, # of a field in alignment.json, or a group of tensors
+):
+    "Let whatever goes wrong while a field is read be a `ValueError` that names it"
+    try: yield
+    except Exception as e: # fields of another form end in errors of all kinds
+        raise ValueError(f'{name} is not what it should be ({type(e).__name__}: {e})') from None
+
+# %% ../../nbs/reference/alignment_files.ipynb #a68863a3
+def _read_model(
+    head:dict, # what alignment.json holds
+    side:str,  # `old` or `new`
+) -> ModelInfo:
+    "The description of a model; raises `ValueError` where it names kinds of blocks that there are not"
+    with _field(side):
+        kept = head[side]
+        numbers = kept.get('blocks', [])
+        if not all(type(n) is int and 0 <= n < len(kept['kinds']) for n in numbers):
+            raise ValueError('blocks names kinds that there are not')
+        return ModelInfo.from_json(kept)
+
+# %% ../../nbs/reference/alignment_files.ipynb #750abe72
+def _read_blocks(
+    head:dict,                          # what alignment.json holds
+    parts:dict[str, dict[str, Tensor]], # as `_grouped_tensors` returns them
+) -> list[BlockMaps]:
+    "The maps of every pair of layers, then of every pair of feed-forward parts"
+    with _field('layers or feed_forward'): count = len(head['layers'] + head.get('feed_forward', []))
+    unmatched = head.get('unmatched', [{}]*count) # version 0.1 had none
+    with _field('unmatched'):
+        if len(unmatched) != count: raise ValueError(f'{len(unmatched)} tables for {count} pairs of layers')
+        if not all(isinstance(x, dict) for x in unmatched): raise ValueError('a list of tables')
+    with _field('the tensors of layers'):
+        return [BlockMaps.from_tensors(parts.get(str(i), {}), unmatched[i]) for i in range(count)]
+
+# %% ../../nbs/reference/alignment_files.ipynb #39952a28
 def _read_files(
     path:Path, # directory of an alignment
 ) -> dict: # the fields of an `Alignment`
-    "Read both files, whatever goes wrong"
-    head, file = json.loads((path/'alignment.json').read_text()), path/'alignment.safetensors'
-    checksum = head.pop('checksum')
-    if checksum != _checksum(head, file.read_bytes()): raise ValueError('it was changed after it was saved')
-    parts, pairs = _grouped_tensors(load_file(file)), head['layers']
-    unmatched = head.get('unmatched', [{}]*len(pairs)) # version 0.1 had none
-    return dict(
-        method=head['method'], old=ModelInfo.from_json(head['old']), new=ModelInfo.from_json(head['new']),
-        read=parts['']['read'], write=parts['']['write'], cka=parts['']['cka'],
-        layers=[tuple(pair) for pair in pairs], fit=head['fit'], embedding_maps=parts['ends'],
-        blocks=[BlockMaps.from_tensors(parts.get(str(i), {}), unmatched[i]) for i in range(len(pairs))],
-        same_outside=head.get('same_outside', []), checksum=checksum)
+    "Read both files; raises `ValueError` naming the field that has another form than it should"
+    head, file = _read_head(path)
+    parts = _grouped_tensors(load_file(file))
+    with _field('layers'): layers = [tuple(pair) for pair in head['layers']]
+    with _field('feed_forward'): feed_forward = [tuple(pair) for pair in head.get('feed_forward', [])]
+    with _field('read, write, cka or ends'):
+        maps = {name: parts[''][name] for name in ('read', 'write', 'cka')} | dict(embedding_maps=parts['ends'])
+    with _field('method or fit'): rest = dict(method=head['method'], fit=dict(head['fit']))
+    with _field('same_outside'): rest |= dict(same_outside=[*head.get('same_outside', [])])
+    return dict(old=_read_model(head, 'old'), new=_read_model(head, 'new'), layers=layers,
+                feed_forward=feed_forward, blocks=_read_blocks(head, parts), checksum=head['checksum'], **maps, **rest)
 
 # %% ../../nbs/reference/alignment_files.ipynb #2bf04707
 def _check_format(
@@ -112,8 +165,14 @@ def read_alignment(
     path:str|os.PathLike, # directory that `write_alignment` made
 ) -> dict: # the fields of an `Alignment`
     "Read an alignment; raises `ValueError` when `path` holds none, a damaged one, or one of a later version"
-    _check_format(Path(path))
-    try: return _read_files(Path(path))
+    from lorasuite.stages.alignment import Alignment
+    from lorasuite.stages.alignment_checks import check_alignment
+    path = Path(path)
+    _check_format(path)
+    try:
+        found = _read_files(path)
+        check_alignment(Alignment(**found))
     except Exception as e: # damaged files end in errors of all kinds
-        raise ValueError(f'{path} is not a readable alignment ({type(e).__name__}: {e}): '
-                         'make it with `lorasuite align`') from None
+        why = str(e) if isinstance(e, ValueError | OSError) else f'{type(e).__name__}: {e}'
+        raise ValueError(f'{path} is not a readable alignment ({why}): make it with `lorasuite align`') from None
+    return found

@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from ..core.files import data_dir
 from ..core.model import Decoder
+from ..core.tokens import check_ids
+from ..core.settings import checked
 
 # %% ../../nbs/course/06_cka.ipynb #823e54bd
 def u_centred(
@@ -74,6 +76,7 @@ def read_texts(
 ) -> tuple[Tensor, list[list[tuple[int, int]]]]: # token ids (texts, longest), character spans of each text's tokens
     "Token ids, and the characters that each token covers"
     cut = decoder.tokenizer(texts, truncation=True, max_length=longest, return_offsets_mapping=True)
+    for found in cut.input_ids: check_ids(found, decoder.tokenizer, decoder.vocab, decoder.name)
     ids = [torch.tensor(t, dtype=torch.long) for t in cut.input_ids]
     return pad_sequence(ids, batch_first=True).to(decoder.device), cut.offset_mapping
 
@@ -106,6 +109,17 @@ def _matching_rows(
     kept = torch.linspace(0, len(found)-1, min(len(found), rows)).long()
     return torch.tensor(found, dtype=torch.long).view(-1, 3)[kept]
 
+# %% ../../nbs/course/06_cka.ipynb #d4a02276
+def _check_finite(
+    name:str,                                   # of the model, for messages
+    activations:dict[tuple[int, int], Tensor],  # (kind, layer): (n, hidden)
+):
+    "Raise `ValueError` naming the first layer whose activations are not finite"
+    for kind, layer in sorted(activations, key=lambda key: key[1]):
+        if activations[kind, layer].isfinite().all(): continue
+        raise ValueError(f'{name}: layer {layer} answers probe texts with numbers that are not finite: its '
+                         'configuration or its files are damaged, or it needs a type with a wider range')
+
 # %% ../../nbs/course/06_cka.ipynb #21489d0b
 def _activations_at(
     decoder:Decoder,    # whose activations
@@ -117,6 +131,7 @@ def _activations_at(
     "Run a model and keep its activations at some tokens"
     with record_activations(decoder, compare, texts*ids.shape[1] + positions) as kept:
         decoder.read(ids)
+    _check_finite(decoder.name, kept)
     return kept
 
 # %% ../../nbs/course/06_cka.ipynb #139620e9
@@ -165,6 +180,7 @@ def _mean_over_kinds(
     return total/count.clamp_min(1)
 
 # %% ../../nbs/course/06_cka.ipynb #9d864398
+@checked()
 def cka_table(
     old:Decoder,                # a model
     new:Decoder,                # another

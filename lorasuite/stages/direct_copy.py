@@ -85,6 +85,7 @@ def assemble_adapter(
 ) -> Adapter:
     "An adapter of the new model; raises `ValueError` if there is nothing in it"
     outside, skipped = outside or OutsideBlocks(), dict(skipped)
+    skipped |= {f'{path}.lora_B.bias': 'only the product of both factors is copied' for path in adapter.biases}
     skipped |= outside.skipped
     found = in_float32(group_by_module(updates, new))
     found |= outside.updates

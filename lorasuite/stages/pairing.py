@@ -11,8 +11,10 @@ from pathlib import PurePath
 from ..core.adapter import Adapter
 from ..core.files import resolve
 from ..core.keys import unquantised_name
-from ..core.loading import weight_hashes
-from ..core.model import ModelInfo
+from ..core.loading import load_skeleton, weight_hashes
+from ..core.model import BlockInfo, model_info, ModelInfo
+from ..core.settings import checked
+from ..core.tokens import shared_tokens
 from .alignment import Alignment
 from .card import recorded_base
 
@@ -47,6 +49,7 @@ def _base_of(
     return adapter.base, weight_hashes(adapter.base) if adapter.base else {}
 
 # %% ../../nbs/reference/pairing.ipynb #faf45863
+@checked()
 def base_doubt(
     adapter:Adapter,        # any
     name:str|os.PathLike,   # of the model that it shall be put on
@@ -63,6 +66,7 @@ def base_doubt(
     return f'the adapter was trained on {base}, which may be another model than {name}'
 
 # %% ../../nbs/reference/pairing.ipynb #6b760fc3
+@checked()
 def warn_of_base(
     adapter:Adapter,        # any
     name:str|os.PathLike,   # of the model that it shall be put on
@@ -89,6 +93,28 @@ def _is_base(
     if same is not None or not base: return same
     return True if _same_name(base, model.name) else None
 
+# %% ../../nbs/reference/pairing.ipynb #readsfn
+def _parts(
+    block:BlockInfo, # of a model
+) -> tuple: # what tells one division of its weights from another
+    "Shapes and heads of a block"
+    return block.shapes, block.heads, block.kv_heads
+
+# %% ../../nbs/reference/pairing.ipynb #readsfn2
+def _reads_otherwise(
+    alignment:Alignment, # of two models
+) -> str: # the model, and what of it; empty where nothing is, or a model is not on this machine
+    "Has a configuration or a tokenizer changed since an alignment was made?"
+    infos = alignment.old, alignment.new
+    try: models = [load_skeleton(info.name) for info in infos]
+    except (OSError, ValueError): return ''
+    for info, model in zip(infos, models):
+        now = model_info(model).blocks
+        if [*map(_parts, now)] != [*map(_parts, info.blocks)]: return f'the configuration of {info.name} has'
+    kept = [alignment.embedding_maps[name].tolist() for name in ('ids', 'ids2')]
+    if [ids.tolist() for ids in shared_tokens(*models)] == kept: return ''
+    return f'the tokenizer of {infos[0].name} or of {infos[1].name} has'
+
 # %% ../../nbs/reference/pairing.ipynb #89b902d9
 def pair_fault(
     adapter:Adapter,        # that shall be carried
@@ -99,6 +125,8 @@ def pair_fault(
     for model in (alignment.old, alignment.new):
         if _stale(model): return (f'the weights of {model.name} have changed since the alignment was made: '
                                   f'make it again with `lorasuite align {old} {new}`')
+    if changed := _reads_otherwise(alignment):
+        return f'{changed} changed since the alignment was made: make it again with `lorasuite align {old} {new}`'
     if _is_base(adapter, alignment.old) is not False: return None
     if _is_base(adapter, alignment.new):
         return (f'the adapter is one of {new}, and the alignment carries adapters of another model, {old}, to it: '
@@ -107,6 +135,7 @@ def pair_fault(
             f'whose weights differ: make one with `lorasuite align {adapter.base} {new}`')
 
 # %% ../../nbs/reference/pairing.ipynb #aac884f8
+@checked()
 def check_pair(
     adapter:Adapter,        # that shall be carried
     alignment:Alignment,    # by these maps

@@ -8,13 +8,16 @@ __all__ = ['transfer_matrix', 'normalise', 'scaled_isometry', 'stream_maps', 'pl
 # %% ../../nbs/course/05_transfer_matrix.ipynb #7a8e1d13
 import torch
 from torch import Tensor
+from ..core.settings import check_rows, checked
 
 # %% ../../nbs/course/05_transfer_matrix.ipynb #4399bf28
+@checked()
 def transfer_matrix(
     E:Tensor,   # (n, hidden) old embeddings of the shared tokens
     E2:Tensor,  # (n, hidden') new embeddings of the same tokens
 ) -> Tensor: # H (hidden, hidden')
     "H with E H ≈ E' in the least-squares sense (LoRASuite, section 3.1)"
+    check_rows(E=E, E2=E2)
     return torch.linalg.lstsq(E, E2, driver='gelsd').solution
 
 # %% ../../nbs/course/05_transfer_matrix.ipynb #72a2a572
@@ -41,12 +44,14 @@ def scaled_isometry(
     return Q*((Z*Y).sum()/(Z*Z).sum().clamp_min(1e-300))
 
 # %% ../../nbs/course/05_transfer_matrix.ipynb #3f4a7118
+@checked()
 def stream_maps(
     E:Tensor,   # (n, hidden) old embeddings of the shared tokens
     E2:Tensor,  # (n, hidden') new embeddings of the same tokens
     kinds:tuple[str, str]=('rms', 'rms'), # how the two models normalise what they read
 ) -> tuple[Tensor, Tensor]: # read map R (hidden, hidden') with u ≈ R u', write map (hidden', hidden) with x' ≈ W x
     "How the normalised stream is read, and how the raw stream is written, in the new model"
+    check_rows(E=E, E2=E2)
     U, U2 = normalise(E, kinds[0]), normalise(E2, kinds[1])
     read = scaled_isometry(U2, U).T
     write = scaled_isometry(E, E2).T

@@ -11,11 +11,12 @@ from dataclasses import replace
 import torch
 from peft import PeftModel
 from torch import nn, Tensor
+from transformers.pytorch_utils import Conv1D
 from ..core.adapter import Adapter
 from ..core.experts import join_updates
-from ..core.files import resolve
+from ..core.files import locate
 from ..core.model import Decoder
-
+from ..core.settings import checked
 
 # %% ../../nbs/reference/whole_weights.ipynb #aaf49399
 def nearest_update(
@@ -33,6 +34,7 @@ def nearest_update(
 # %% ../../nbs/reference/whole_weights.ipynb #f4f1403e
 WHOLE_RANK = 64 # of the update that a matrix trained whole becomes
 
+# %% ../../nbs/reference/whole_weights.ipynb #4632ff94
 def _matrix(
     name:str,           # of a whole weight of an adapter
     decoder:Decoder,    # the old model
@@ -41,8 +43,18 @@ def _matrix(
     path, _, leaf = name.rpartition('.')
     module = dict(decoder.model.named_modules()).get(path)
     is_table = module is decoder.model.get_input_embeddings()
-    return module if leaf == 'weight' and (is_table or isinstance(module, nn.Linear)) else None
+    return module if leaf == 'weight' and (is_table or isinstance(module, (nn.Linear, Conv1D))) else None
 
+# %% ../../nbs/reference/whole_weights.ipynb #63456ea6
+def _change(
+    weight:Tensor,      # of an adapter
+    module:nn.Module,   # of the old model that it belongs to
+) -> Tensor: # (out, in), or (vocab, hidden) of a table
+    "What the training did to a matrix; GPT-2's maps store it transposed"
+    D = weight.cpu() - module.weight.detach().cpu()
+    return D.T if isinstance(module, Conv1D) else D
+
+# %% ../../nbs/reference/whole_weights.ipynb #b6a6a832
 def expected_updates(
     adapter:Adapter,    # with whole weights
     decoder:Decoder,    # the old model, possibly without its weights
@@ -64,6 +76,8 @@ def _add_update(
     pair = (B.T.contiguous(), A.T.contiguous()) if table else (A, B)
     found[path] = join_updates([found[path], pair]) if path in found else pair
 
+# %% ../../nbs/reference/whole_weights.ipynb #ed66ef69
+@checked()
 def weights_to_updates(
     adapter:Adapter,        # with whole weights
     decoder:Decoder,        # the old model
@@ -75,7 +89,7 @@ def weights_to_updates(
     keys = {name.replace('.base_layer.', '.'): name for name in adapter.skipped}
     for name in expected_updates(adapter, decoder):
         module = _matrix(name, decoder)
-        A, B, error = nearest_update(found.weights.pop(name).cpu() - module.weight.detach().cpu(), rank)
+        A, B, error = nearest_update(_change(found.weights.pop(name), module), rank)
         found.skipped.pop(keys.get(name, ''), None)
         if not len(A): continue
         _add_update(found, name.removesuffix('.weight'), A, B, module is decoder.model.get_input_embeddings())
@@ -84,6 +98,7 @@ def weights_to_updates(
     return found
 
 # %% ../../nbs/reference/whole_weights.ipynb #othersfn
+@checked()
 @torch.no_grad()
 def merge_adapter(
     name:str|os.PathLike,   # a directory or Hub id of an adapter that PEFT can merge
@@ -91,7 +106,7 @@ def merge_adapter(
 ) -> Adapter: # without updates: what changed is in `weights`
     "Any adapter of PEFT as the whole weights that it leads to; raises `ValueError` for one that cannot be merged"
     before = dict(decoder.model.named_parameters())
-    try: merged = PeftModel.from_pretrained(copy.deepcopy(decoder.model), resolve(name)).merge_and_unload()
+    try: merged = PeftModel.from_pretrained(copy.deepcopy(decoder.model), locate(name)).merge_and_unload()
     except (AttributeError, NotImplementedError, RuntimeError, ValueError) as e:
         raise ValueError(f'{name}: PEFT cannot merge this adapter into {decoder.name} ({e})') from None
     weights = {path: p for path, p in merged.named_parameters() if path in before and not torch.equal(p, before[path])}

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import cache
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..core.adapter import Adapter
 from ..core.model import Decoder
+from ..core.tokens import check_ids
+from ..core.settings import checked
 from .prompts import ask_all, drop_thoughts, Prompts, Renderer
 
 # %% ../../nbs/course/15_evaluate.ipynb #d3414af4
@@ -42,6 +44,7 @@ class Score:
         return f'{self.accuracy:.1%} right of {len(self.right)} (95% interval {low:.1%} to {high:.1%})'
 
 # %% ../../nbs/course/15_evaluate.ipynb #cc02db76
+@checked()
 def paired_difference(
     score:Score,    # of one adapter
     other:Score,    # of another, on the same questions
@@ -102,6 +105,7 @@ def _greedy(
     try: yield inner.generation_config
     finally: inner.generation_config = wishes
 
+# %% ../../nbs/course/15_evaluate.ipynb #bb6057bd
 def _pad_id(tokenizer) -> int:
     "What fills up a prompt; the model does not see it"
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -117,10 +121,11 @@ def _left_padded(
     return ids, torch.tensor([[0]*(longest - len(p)) + [1]*len(p) for p in prompts])
 
 # %% ../../nbs/course/15_evaluate.ipynb #2c3d164e
+@checked('prompts')
 @torch.no_grad()
 def generate(
-    model,                  # a causal language model, with or without an adapter
-    tokenizer,              # its tokenizer
+    model:torch.nn.Module,  # a causal language model, with or without an adapter
+    tokenizer:PreTrainedTokenizerBase, # its tokenizer
     prompts:list[str]|list[list[int]], # what to continue: texts or token ids
     max_new_tokens:int=16,  # longest answer, in tokens
     batch_size:int=128,     # prompts at a time
@@ -155,9 +160,14 @@ def _answer_limits(
         if 'answer' not in e: raise ValueError(f'example {number} has no answer to compare with')
     answers = renderer.tokenizer([e['answer'] for e in data], add_special_tokens=False).input_ids
     longest = max(16, *(len(ids) + 2 for ids in answers), 512 if renderer.thinks else 0)
+    if renderer.context and longest > renderer.context:
+        warnings.warn(f'the longest answer has {longest - 2:,} tokens, {renderer.name} can read {renderer.context:,}: '
+                      'answers are cut there')
+        longest = renderer.context
     return dict(max_new_tokens=longest, stop=None if renderer.template else '\n', ends=renderer.ends)
 
 # %% ../../nbs/course/15_evaluate.ipynb #62fad39b
+@checked('data')
 def evaluate(
     decoder:Decoder,                # the base model
     data:list[dict],                # examples with `answer`, as `load_data` gives them
@@ -224,16 +234,21 @@ MATCHES = dict(exact=exact_match, number=same_number, letter=same_letter, choice
 CHAIN_OF_THOUGHT = dict(max_new_tokens=512, stop=None) # for `generate`: let the model write down its steps
 
 # %% ../../nbs/course/15_evaluate.ipynb #b9427264
+@checked('texts')
 @torch.no_grad()
 def bits_per_byte(
     decoder:Decoder,    # a language model
     texts:list[str],    # held-out texts
     batch_size:int=64,  # texts at a time
 ) -> torch.Tensor: # (n,) bits per UTF-8 byte of every text: comparable between tokenizers
-    "How well a model predicts texts"
+    "How well a model predicts texts; raises `ValueError` for a tokenizer that cannot fill up the shorter ones"
+    if decoder.tokenizer.pad_token is None:
+        raise ValueError(f'the tokenizer of {decoder.name} has no token for the end of a text, so texts of different '
+                         'length cannot be read together: set eos_token in its tokenizer_config.json')
     bits = []
     for i in range(0, len(texts), batch_size):
         batch = decoder.tokenizer(texts[i:i+batch_size], padding=True, padding_side='right', return_tensors='pt')
+        check_ids(batch.input_ids.flatten().tolist(), decoder.tokenizer, decoder.vocab, decoder.name)
         ids, mask = batch.input_ids.to(decoder.device), batch.attention_mask.to(decoder.device)
         logp = decoder.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
         nats = -logp.gather(-1, ids[:, 1:, None]).squeeze(-1)*mask[:, 1:]
@@ -284,6 +299,7 @@ def _metric_rows(
     return rows
 
 # %% ../../nbs/course/15_evaluate.ipynb #4b95d587
+@checked('tasks')
 def benchmark(
     decoder:Decoder,            # the base model
     tasks:list[str|dict],       # names of lm-eval, or configurations of tasks

@@ -6,10 +6,11 @@
 __all__ = ['Examples', 'load_data', 'prompt', 'encode']
 
 # %% ../../nbs/reference/examples.ipynb #9ba837e3
-import json, math, os, tempfile
+import json, math, os, tempfile, warnings
 from pathlib import Path
 from transformers import PreTrainedTokenizerBase
-from ..core.files import read_json
+from ..core.files import data_dir, did_you_mean, hub_fault, read_json, without_hub
+from ..core.settings import checked
 from .prompts import fill_prompt, PROMPT_PRESETS, Prompts, Renderer
 
 # %% ../../nbs/reference/examples.ipynb #aa1a3213
@@ -20,6 +21,7 @@ def _without_nulls(
     if isinstance(value, dict): return {key: _without_nulls(v) for key, v in value.items() if v is not None}
     return [*map(_without_nulls, value)] if isinstance(value, list) else value
 
+# %% ../../nbs/reference/examples.ipynb #1749a8b3
 def _table_row(
     row:dict, # of a table
 ) -> dict:
@@ -33,11 +35,19 @@ def _read_table(
     "The rows of a table, whose cells are all texts; `None` where a row is too short"
     import pandas as pd
     separator = '\t' if file.suffix == '.tsv' else ','
-    try: table = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding='utf-8-sig')
+    options = dict(sep=separator, dtype=str, keep_default_na=False, encoding='utf-8-sig', index_col=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', pd.errors.ParserWarning)
+            table = pd.read_csv(file, **options)
+    except pd.errors.ParserWarning:
+        raise ValueError(f'{file}: the rows have more fields than the header: put texts with {separator!r} in them '
+                         'into quotes, or name the other columns') from None
     except (ValueError, pd.errors.ParserError) as e:
         raise ValueError(f'{file} is not readable as a table in UTF-8: {e}') from None
     return table.astype(object).where(table.notna(), None).to_dict('records')
 
+# %% ../../nbs/reference/examples.ipynb #f167a150
 def _read_parquet(
     file:Path, # in Parquet
 ) -> list[dict]:
@@ -54,29 +64,32 @@ def _read_hub(
 ) -> list[dict]:
     "All rows of a dataset on the Hub; raises `OSError` or `ValueError` that names it"
     from datasets import load_dataset
-    name, _, part = source.partition(':')
-    try: return [*map(_table_row, load_dataset(name, part or None, split=split))]
+    (name, _, part), fault = source.partition(':'), '' if os.path.isdir(source) else hub_fault()
+    try:
+        with without_hub(fault): return [*map(_table_row, load_dataset(name, part or None, split=split))]
     except Exception as e:
         kind = ValueError if isinstance(e, ValueError) else FileNotFoundError
         why = f'{e}'.strip().partition('\n')[0] or type(e).__name__
+        if fault and isinstance(e, ConnectionError): why = f'{fault}: correct the name, or get a connection'
         said = f'{source} is neither a file nor a dataset that can be read from the Hub, split {split}: {why}'
-        raise kind(said) from None
+        raise kind(said + did_you_mean(source, Path.is_file)) from None
 
 # %% ../../nbs/reference/examples.ipynb #7c71349c
 _READERS = {'.csv': _read_table, '.tsv': _read_table, '.parquet': _read_parquet}
 _SUFFIXES = ('.json', '.jsonl', '.ndjson', '.txt', *_READERS)
 
 def _read_rows(
-    source:str|os.PathLike, # a JSON, JSON-lines, CSV or Parquet file, or the Hub id of a dataset
+    source:str|os.PathLike, # a JSON, JSON-lines, CSV or Parquet file, one of `zoo/…`, or the Hub id of a dataset
     split:str='train',      # which split of a Hub dataset
 ) -> list:
     "All rows of a data file or of a dataset on the Hub; raises `FileNotFoundError` for a file that is not there"
     if not str(source).strip(): raise ValueError('the name of a data file is empty')
-    file = Path(source).expanduser()
+    file = Path(os.path.expanduser(source))
+    if file.parts[0] == 'zoo' and not file.exists(): file = data_dir()/file
     if file.is_file(): return _READERS.get(file.suffix, read_json)(file)
     if file.exists() and not file.is_dir(): raise ValueError(f'{source} is not an ordinary file: write the data to one')
     if not file.is_dir() and (file.suffix in _SUFFIXES or file.is_absolute() or len(file.parts) > 2):
-        raise FileNotFoundError(f'no such data file: {source}')
+        raise FileNotFoundError(f'no such data file: {source}{did_you_mean(source, Path.is_file)}')
     return _read_hub(str(source), split)
 
 # %% ../../nbs/reference/examples.ipynb #0a6136f0
@@ -98,17 +111,22 @@ def _what(value) -> str:
     "What stands where a text belongs, in words"
     return type(value).__name__ + f' ({str(value)[:30]})'
 
+# %% ../../nbs/reference/examples.ipynb #ee629ac6
 def _check_text(
-    text:str,   # of a row
+    value,      # of a row: a text, or what holds texts
     field:str,  # where it stands
     place:str,  # file and number of the row, for the message
-) -> str:
-    "The text; raises `ValueError` for one that no tokenizer can read"
-    try: text.encode()
+):
+    "The value; raises `ValueError` for a text in it that no tokenizer can read"
+    if isinstance(value, list):
+        for part in value: _check_text(part, field, place)
+    if isinstance(value, dict):
+        for key, part in value.items(): _check_text(part, key, place)
+    try: str(value if isinstance(value, str) else '').encode()
     except UnicodeEncodeError as e:
         raise ValueError(f'{place} has half a surrogate pair under {field!r} (character {e.start + 1}), '
                          'which is no text: correct the file') from None
-    return text
+    return value
 
 # %% ../../nbs/reference/examples.ipynb #3662e235
 def _text(
@@ -150,13 +168,13 @@ def _content(
     place:str,  # for the message
 ) -> str:
     "The text of a turn, whose parts may stand in a list; raises `ValueError` for anything else"
-    if isinstance(value, str): return _check_text(value, 'content', place)
+    if isinstance(value, str): return value
     parts = value if isinstance(value, list) else [value]
     for part in parts:
         if isinstance(part, dict) and part.get('type') == 'text' and isinstance(part.get('text'), str): continue
         kind = part.get('type', 'dict') if isinstance(part, dict) else _what(part)
         raise ValueError(f'{place} has no text under \'content\' but {kind}: only texts can be carried')
-    return _check_text(''.join(part['text'] for part in parts), 'content', place)
+    return ''.join(part['text'] for part in parts)
 
 # %% ../../nbs/reference/examples.ipynb #b6c277aa
 def _arguments(
@@ -189,6 +207,17 @@ def _called(
         return [dict(type='function', function=dict(name=found['name'], arguments=arguments))]
     raise ValueError(f'{place} is no call of a function in JSON with `name` and `arguments`')
 
+# %% ../../nbs/reference/examples.ipynb #fc037317
+def _calls_of(
+    turn:dict,  # of a chat
+    place:str,  # for the message
+) -> list:
+    "The calls of tools in a turn, with their arguments as objects; raises `ValueError` unless they are a list"
+    calls = turn['tool_calls']
+    if not isinstance(calls, list): raise ValueError(f'{place} has no list under \'tool_calls\' but {_what(calls)}')
+    return [*map(_with_arguments, calls)]
+
+# %% ../../nbs/reference/examples.ipynb #4872255e
 def _one_turn(
     turn,       # of a chat
     place:str,  # for the message
@@ -198,14 +227,15 @@ def _one_turn(
     turn = {key: value for key, value in turn.items() if value is not None}
     if turn.get('from', 'user') not in (*_SPEAKERS, *_ROLES):
         raise ValueError(f'{place} is said by {turn["from"]!r}: known are {", ".join((*_SPEAKERS, *_ROLES))}')
-    if isinstance(turn.get('tool_calls'), list): turn['tool_calls'] = [*map(_with_arguments, turn['tool_calls'])]
+    if 'tool_calls' in turn: turn['tool_calls'] = _calls_of(turn, place)
     speaker, said = turn.pop('from', turn.pop('role', None)), turn.pop('value', turn.pop('content', None))
     if not isinstance(speaker, str): raise ValueError(f'{place} does not say who speaks (`role` or `from`)')
     if said is None and not turn.get('tool_calls'): raise ValueError(f'{place} has no text under \'content\'')
     content = {} if said is None else dict(content=_content(said, place))
     if speaker == 'function_call':
-        return dict(role='assistant', content='', tool_calls=_called(content['content'], place))
-    return dict(role=_SPEAKERS.get(speaker, speaker)) | content | turn
+        turn = dict(role='assistant', content='', tool_calls=_called(content['content'], place))
+    else: turn = dict(role=_SPEAKERS.get(speaker, speaker)) | content | turn
+    return _check_text(turn, 'role', place)
 
 # %% ../../nbs/reference/examples.ipynb #c797da4b
 def _all_turns(
@@ -224,6 +254,7 @@ def _all_turns(
     turns = [_one_turn(turn, f'{place}, turn {number}') for number, turn in enumerate(turns, 1)]
     return _joined_calls(turns)
 
+# %% ../../nbs/reference/examples.ipynb #46dbcead
 def _joined_calls(
     turns:list[dict], # with our names
 ) -> list[dict]:
@@ -236,17 +267,18 @@ def _joined_calls(
         else: joined[-1] = before | dict(tool_calls=before.get('tool_calls', []) + turn['tool_calls'])
     return joined
 
+# %% ../../nbs/reference/examples.ipynb #3298f135
 def _tool_text(
     row:dict,   # of a data file
     place:str,  # for the message
 ) -> dict: # `tools` as JSON, or nothing
     "The tools of a chat, as the text of a list"
     tools = row.get('tools')
-    if not tools: return {}
+    if tools in (None, '', [], {}): return {}
     try: found = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError: found = None
+    except (ValueError, RecursionError): found = None
     if not isinstance(found, list): raise ValueError(f'{place} has no list of tools under \'tools\'')
-    return dict(tools=json.dumps(found)) if found else {}
+    return dict(tools=json.dumps(_check_text(found, 'tools', place))) if found else {}
 
 # %% ../../nbs/reference/examples.ipynb #aad0a50e
 def _chat(
@@ -270,12 +302,14 @@ def _from_messages(row:dict, place:str, labelled:bool) -> dict:
     "An example of a row with `messages`"
     return _chat(_all_turns(row, 'messages', place), row, labelled, place)
 
+# %% ../../nbs/reference/examples.ipynb #7c8162d5
 def _from_conversations(row:dict, place:str, labelled:bool) -> dict:
     "An example of a row of ShareGPT"
     system = _text(row, 'system', place)
     before = [dict(role='system', content=system)] if system else []
     return _chat(before + _all_turns(row, 'conversations', place), row, labelled, place)
 
+# %% ../../nbs/reference/examples.ipynb #b17fedeb
 def _from_prompt(row:dict, place:str, labelled:bool) -> dict:
     "An example of a prompt and its completion, both texts or both turns"
     if isinstance(row.get('prompt'), list):
@@ -288,6 +322,7 @@ def _from_prompt(row:dict, place:str, labelled:bool) -> dict:
     said = _text(row, 'completion', place, needed)
     return question | dict(output=said, answer=_answer(row, said, place))
 
+# %% ../../nbs/reference/examples.ipynb #b477dd4c
 def _from_instruction(row:dict, place:str, labelled:bool) -> dict:
     "An example of a question, maybe with material, a system text and what was said before"
     needed = ('instruction', 'output') if labelled else ('instruction',)
@@ -300,6 +335,7 @@ def _from_instruction(row:dict, place:str, labelled:bool) -> dict:
     pair = [dict(role='user', content=asked), dict(role='assistant', content=said)]
     return dict(messages=before + pair[:1 + labelled]) | {k: v for k, v in answered.items() if k == 'answer'}
 
+# %% ../../nbs/reference/examples.ipynb #3ec4085c
 def _from_text(row:dict, place:str, labelled:bool) -> dict:
     "A text that is learned as it stands"
     if not labelled: raise ValueError(f'{place} is a plain text, which asks nothing: give questions')
@@ -311,8 +347,10 @@ def _said_before(
     place:str,  # for the message
 ) -> list[dict]: # turns
     "What stands before a question of Alpaca's form"
-    system, turns = _text(row, 'system', place), []
-    for pair in row.get('history') or []:
+    system, turns, history = _text(row, 'system', place), [], row.get('history')
+    if not isinstance(history, list | None): raise ValueError(
+        f'{place} has {_what(history)} under \'history\', where a list of questions and answers belongs')
+    for pair in _check_text(history or [], 'history', place):
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(f'{place} has {_what(pair)} under \'history\', where a question and an answer belong')
         turns += [dict(role='user', content=pair[0]), dict(role='assistant', content=pair[1])]
@@ -340,6 +378,7 @@ def _find_form(
     raise ValueError(f"{place}: example 1 has no text under 'instruction', nor {others}: {columns}. Name the columns, "
                      'for instance with --columns instruction=question,output=reply')
 
+# %% ../../nbs/reference/examples.ipynb #3559dff0
 def _describe(
     form:str,       # a key of `_FORMS`
     rows:list,      # of a data file, with our names
@@ -373,7 +412,28 @@ class Examples(list):
         super().__init__(rows)
         self.description = description
 
+# %% ../../nbs/reference/examples.ipynb #50fe7534
+def _is_silent(
+    example:dict, # labelled
+) -> bool:
+    "Is there nothing in the answer of an example?"
+    calls = 'messages' in example and example['messages'][-1].get('tool_calls')
+    return not (calls or any(str(example.get(key, '')).strip() for key in ('answer', 'output', 'text')))
+
+# %% ../../nbs/reference/examples.ipynb #89a6f23a
+def _count_silent(
+    examples:list[dict],    # labelled
+    source,                 # where they come from, for the message
+) -> str: # for the description
+    "How many answers are empty; raises `ValueError` if all are"
+    silent = sum(map(_is_silent, examples))
+    if silent == len(examples):
+        raise ValueError(f'{source}: the answers of all {silent:,} examples are empty: name the column that has them, '
+                         'for instance with --columns output=reply')
+    return f'; {silent:,} answers are empty' if silent else ''
+
 # %% ../../nbs/reference/examples.ipynb #cfeecf09
+@checked()
 def load_data(
     source:str|os.PathLike, # a JSON, JSON-lines, CSV or Parquet file, or the Hub id of a dataset
     split:str='train',      # which split of a Hub dataset
@@ -391,9 +451,11 @@ def load_data(
         place = f'{source}: example {number}'
         if not isinstance(row, dict): raise ValueError(f'{place} has no text under {form!r} but is {_what(row)}')
         found.append(_FORMS[form][0](row, place, labelled))
-    return Examples(found, f'{source}: {_describe(form, rows, labelled)}')
+    silent = _count_silent(found, source) if labelled else ''
+    return Examples(found, f'{source}: {_describe(form, rows, labelled)}{silent}')
 
 # %% ../../nbs/reference/examples.ipynb #b0847621
+@checked()
 def prompt(
     example:dict, # with `instruction` and maybe `input`
 ) -> str:
@@ -401,6 +463,7 @@ def prompt(
     return fill_prompt(example, PROMPT_PRESETS['qa'])
 
 # %% ../../nbs/reference/examples.ipynb #390939b8
+@checked()
 def encode(
     example:dict,                       # with its answer
     tokenizer:PreTrainedTokenizerBase,  # of the model to train

@@ -14,18 +14,21 @@ from peft import get_peft_model, LoraConfig
 from ..core.adapter import Adapter, attach
 from ..core.experts import weight_names
 from ..core.model import Decoder
-from ..stages.card import tuned_card
+from ..stages.card import code_span, tuned_card
 from .prompts import encode_all, Prompts, Renderer
-from .settings import check_training
+from ..core.settings import checked
 from .trainer import fit, Run
 
 # %% ../../nbs/course/14_finetune.ipynb #858c8a6b
+@checked()
 def init_adapter(
     decoder:Decoder,                # the base model
     rank:int=8,                     # rank of every update
     roles:Sequence[str]|None=None,  # which projections; all by default
 ) -> Adapter: # scaled by α = 2·rank
-    "An untrained LoRA as PEFT starts it: random A, zero B; raises `ValueError` for roles that the model does not have"
+    "An untrained LoRA as PEFT starts it: random A, zero B; raises `ValueError` for roles or ranks that cannot be"
+    if rank > decoder.hidden:
+        raise ValueError(f'rank={rank}: no update of {decoder.name} can have a higher rank than {decoder.hidden}')
     unknown = [r for r in roles or () if r not in decoder.roles]
     if unknown:
         raise ValueError(f'{decoder.name} has no {", ".join(unknown)}: its roles are {", ".join(decoder.roles)}')
@@ -38,11 +41,14 @@ def _tuning_line(
     examples:int,   # how many it was tuned on
     steps:int,      # optimiser steps
     lr:float,       # peak learning rate
+    form:Renderer,  # how the model was asked
 ) -> str:
     "What the model card says of the tuning"
-    return f'Tuned afterwards on {examples:,} labelled examples: {steps:,} steps at a learning rate of {lr:g}.'
+    return (f'Tuned afterwards on {examples:,} labelled examples: {steps:,} steps at a learning rate of {lr:g}. '
+            f'Form of the prompts: {code_span(form)}.')
 
 # %% ../../nbs/course/14_finetune.ipynb #441702a4
+@checked('data')
 def finetune(
     decoder:Decoder,                # the base model, which stays as it is
     data:list[dict],                # examples, as `load_data` gives them, or encoded ones
@@ -61,7 +67,6 @@ def finetune(
     **kwargs,                       # passed to `fit`
 ) -> tuple[Adapter, Run]: # the tuned adapter, the loss at every step
     "Tune an adapter on labelled examples (LoRASuite, arXiv 2505.13515, section 3.4)"
-    check_training(epochs=epochs, steps=steps, lr=lr, rank=rank, seed=seed, batch_size=batch_size)
     renderer = Renderer.of(decoder, prompts)
     steps = math.ceil(epochs*len(data)/batch_size) if steps is None else steps
     torch.manual_seed(seed)
@@ -74,7 +79,7 @@ def finetune(
         run = fit(model, rows, decoder.tokenizer, steps, lr, batch_size, callbacks=tuners, **kwargs)
         for tuner in tuners: tuner.finish()
         tuned = Adapter.from_peft(model)
-    card = tuned_card(adapter, decoder.name, _tuning_line(len(data), steps, lr))
+    card = tuned_card(adapter, decoder.name, _tuning_line(len(data), steps, lr, renderer))
     modules = weight_names(decoder.model).all_modules()
     return replace(tuned, base=decoder.name, layers=decoder.layers, card=card, skipped=adapter.skipped,
-                   modules=modules, weights=adapter.weights), run
+                   modules=modules, weights=adapter.weights, tokenizer=adapter.tokenizer), run

@@ -9,11 +9,14 @@ __all__ = ['PROMPT_PRESETS', 'THINKING', 'as_messages', 'asked_turns', 'with_ans
 # %% ../../nbs/reference/prompts.ipynb #45c2200a
 import json, re, warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from datetime import datetime
 from itertools import takewhile
 from string import Formatter
 from transformers import PreTrainedTokenizerBase
 from ..core.model import Decoder
+from ..core.tokens import check_ids
+from ..core.settings import check_types, checked
 
 # %% ../../nbs/reference/prompts.ipynb #cc7cde77
 def as_messages(
@@ -88,9 +91,11 @@ def _fields(
     text:str, # a plain prompt
 ) -> set[str]:
     "The fields of a plain prompt; raises `ValueError` for others than it may have"
-    try: found = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
+    try: parts = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
     except ValueError as e: raise ValueError(f'prompt {text!r}: {e}; double a brace that is meant as such') from None
-    if 'instruction' in found and found <= {*_FIELDS}: return found
+    found = {name for name, _, _ in parts}
+    bare = not any(spec or conversion for _, spec, conversion in parts) # a width of 10⁹ would fill the memory
+    if 'instruction' in found and found <= {*_FIELDS} and bare: return found
     fields, presets = ', '.join(f'{{{name}}}' for name in _FIELDS), ', '.join(['chat', *PROMPT_PRESETS])
     raise ValueError(f'prompt {text!r}: give a text with {{instruction}} (fields are {fields}), or one of {presets}')
 
@@ -103,6 +108,7 @@ class Prompts:
     thinking:str='keep'     # what becomes of thoughts: `keep`, `drop` or `forbid`
 
     def __post_init__(self):
+        check_types('Prompts', vars(self), {field.name: field.type for field in fields(self)})
         if self.thinking not in THINKING:
             raise ValueError(f'thinking {self.thinking!r}: choose one of {", ".join(THINKING)}')
         if self.template and self.plain:
@@ -115,6 +121,7 @@ class Prompts:
         return None if self.prompt in (None, 'chat') else PROMPT_PRESETS.get(self.prompt, self.prompt)
 
 # %% ../../nbs/reference/prompts.ipynb #415d9c12
+@checked()
 def prompts_of_both(
     prompts:Prompts|tuple|None, # of both models, or one for the old and one for the new
 ) -> tuple[Prompts|None, Prompts|None]:
@@ -137,6 +144,7 @@ def _question_fields(
                      'give a chat template (--chat-template FILE)')
 
 # %% ../../nbs/reference/prompts.ipynb #827eb5db
+@checked()
 def fill_prompt(
     example:dict,   # a question
     plain:str,      # text with `{instruction}` and maybe `{input}` and `{system}`
@@ -146,6 +154,16 @@ def fill_prompt(
     if 'input' not in fields: parts['instruction'] = ' '.join(filter(None, (parts['instruction'], parts['input'])))
     if 'system' not in fields: parts['instruction'] = '\n'.join(filter(None, (parts['system'], parts['instruction'])))
     return plain.format(**parts)
+
+# %% ../../nbs/reference/prompts.ipynb #dateday1
+_DAY = datetime(2024, 7, 26)
+_CLOCK = re.compile(r'strftime_now\(\s*([\'"])(.*?)\1\s*\)')
+
+def _same_day(
+    source:str, # of a chat template
+) -> str:
+    "A template that writes one date on any day"
+    return _CLOCK.sub(lambda found: repr(_DAY.strftime(found[2])), source)
 
 # %% ../../nbs/reference/prompts.ipynb #1f938fe7
 class ChatTemplate:
@@ -158,17 +176,24 @@ class ChatTemplate:
     ):
         self.tokenizer, self.source, self.name = tokenizer, source, name
         self.options = dict(enable_thinking=False) if thinking == 'forbid' else {}
-        self.content_parts = False
+        self.content_parts, self.trailing = False, ''
         self.special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         _probe_content(self)
         self.takes_system = _takes_system(self)
         self.header, self.tail, self.end_text = _probe_turns(self)
+        self.trailing = _trailing_header(self)
+        self.tail = self.tail.removesuffix(self.trailing)
         ids = self.token_ids(self.end_text) if self.end_text else [tokenizer.eos_token_id]
         self.end = ids[-1] # token that ends an answer
 
     def token_ids(self, text:str) -> list[int]:
         "The tokens of a rendered text"
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    @property
+    def is_dated(self) -> bool:
+        "Does the template write a date?"
+        return _CLOCK.search(self.tokenizer.get_chat_template(self.source)) is not None
 
     def is_marked(self, tools:list|None=None) -> bool:
         "Does the template mark what the assistant says?"
@@ -178,7 +203,8 @@ class ChatTemplate:
     def apply(self, turns:Sequence[dict], tools:list|None=None, **kwargs):
         "What the tokenizer makes of a chat; raises `ValueError` with what the template says against it"
         if self.content_parts: turns = [*map(_in_parts, turns)]
-        options = dict(chat_template=self.source, tools=tools, **self.options)
+        source = _same_day(self.tokenizer.get_chat_template(self.source, tools))
+        options = dict(chat_template=source, tools=tools, **self.options)
         try: return self.tokenizer.apply_chat_template([*turns], **options, **kwargs)
         except Exception as e:
             raise ValueError(f'the chat template of {self.name} does not take this chat ({type(e).__name__}: {e}): '
@@ -186,7 +212,8 @@ class ChatTemplate:
 
     def render(self, turns:Sequence[dict], tools:list|None=None, ask:bool=False) -> str:
         "A chat as text, with the beginning of an answer if the model is to be asked"
-        return self.apply(turns, tools, tokenize=False, add_generation_prompt=ask)
+        text = self.apply(turns, tools, tokenize=False, add_generation_prompt=ask)
+        return text if ask or turns[-1]['role'] != 'assistant' else text.removesuffix(self.trailing)
 
     def fitted(self, turns:list[dict]) -> list[dict]:
         "The turns as the template takes them: without a place for a system text, it stands before the first question"
@@ -205,10 +232,12 @@ def _in_parts(
     text = turn.get('content')
     return turn | dict(content=[dict(type='text', text=text)]) if isinstance(text, str) else turn
 
+# %% ../../nbs/reference/prompts.ipynb #428cceb5
 def _turn(role:str, text:str) -> dict:
     "One turn of a chat"
     return dict(role=role, content=text)
 
+# %% ../../nbs/reference/prompts.ipynb #952a3074
 def _probe_content(
     template:ChatTemplate, # in the making
 ):
@@ -230,6 +259,7 @@ def _takes_system(
     except ValueError: return False
     return _SYSTEM in text and _USER in text
 
+# %% ../../nbs/reference/prompts.ipynb #9d482205
 def _warn_of_system(name:str):
     "Say that there is no place for a system text"
     warnings.warn(f'the chat template of {name} has no place for a system text: it is put before the first question')
@@ -239,6 +269,7 @@ def _common_start(a:Sequence, b:Sequence):
     "The beginning that two texts or lists share"
     return a[:sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))]
 
+# %% ../../nbs/reference/prompts.ipynb #cfe6d8ee
 def _up_to_special(
     text:str,               # what follows an answer
     template:ChatTemplate,  # in the making
@@ -248,6 +279,7 @@ def _up_to_special(
     ends = [end for token, (_, end) in zip(cut.input_ids, cut.offset_mapping) if token in template.special]
     return text[:ends[0]] if ends else ''
 
+# %% ../../nbs/reference/prompts.ipynb #5f6ec4fd
 def _probe_turns(
     template:ChatTemplate, # in the making
 ) -> tuple[str, str, str]: # between a question and its answer, after the last answer, the end of a turn
@@ -261,6 +293,16 @@ def _probe_turns(
     try: middle = template.render([question, answer, question]).partition(_ANSWER)[2]
     except ValueError: middle = tail
     return header, tail, _up_to_special(middle.partition(_USER)[0], template)
+
+# %% ../../nbs/reference/prompts.ipynb #e7a4ee29
+def _trailing_header(
+    template:ChatTemplate, # in the making
+) -> str: # empty for most
+    "The header of an answer that a template writes behind the last answer too, although nobody asks for one"
+    rest = template.tail.removeprefix(template.end_text).lstrip()
+    question = [_turn('user', _USER)]
+    if not rest.strip() or not template.header.endswith(rest): return ''
+    return rest if template.render(question) == template.render(question, ask=True) else ''
 
 # %% ../../nbs/reference/prompts.ipynb #c412897d
 def _span_by_prefix(
@@ -304,6 +346,7 @@ def _header_end(
         if start >= length and not (template.end_text and template.end_text in text[start:at]): return start
     return at
 
+# %% ../../nbs/reference/prompts.ipynb #5cc8e35c
 def _span_by_words(
     template:ChatTemplate,  # of the model
     turns:list[dict],       # the whole chat
@@ -321,6 +364,7 @@ def _span_by_words(
     if number == len(turns) - 1: return start, len(text)
     return start, _behind_end(template, text, end)
 
+# %% ../../nbs/reference/prompts.ipynb #66afb897
 def _behind_end(
     template:ChatTemplate,  # of the model
     text:str,               # a rendered chat
@@ -343,6 +387,7 @@ def _ended(
     if turns[-1]['role'] != 'assistant' or _up_to_special(template.tail, template): return text
     return text + (template.end_text or template.tokenizer.eos_token or '')
 
+# %% ../../nbs/reference/prompts.ipynb #e10c4bb4
 def _answer_spans(
     template:ChatTemplate,  # of the model
     turns:list[dict],       # the whole chat
@@ -407,12 +452,16 @@ def _mask_by_prompt(
 # %% ../../nbs/reference/prompts.ipynb #768f0e3b
 class Renderer:
     "Puts examples to one model; raises `ValueError` for a chat template that is missing or cannot be used"
+    @checked()
     def __init__(self,
         tokenizer:PreTrainedTokenizerBase,  # of the model
         prompts:Prompts|None=None,          # how it shall be asked
         context:int|None=None,              # longest text, in tokens; `None` for no limit
         name:str='the model',               # for messages
+        rows:int|None=None,                 # of the model's embedding table; `None` for any
     ):
+        self.rows = rows
+        if rows is not None: check_ids({tokenizer.eos_token_id} - {None}, tokenizer, rows, name)
         self.tokenizer, self.prompts, self.context, self.name = tokenizer, prompts or Prompts(), context, name
         own = bool(tokenizer.chat_template)
         if self.prompts.prompt == 'chat' and not (own or self.prompts.template):
@@ -422,16 +471,19 @@ class Renderer:
             self.template = ChatTemplate(tokenizer, self.prompts.template, self.prompts.thinking, name)
 
     @classmethod
+    @checked()
     def of(cls,
         decoder:Decoder,            # a model with its tokenizer
         prompts:Prompts|None=None,  # how it shall be asked
     ) -> 'Renderer':
         "The renderer of a loaded model, with the longest text that it can read"
         context = getattr(decoder.model.config.get_text_config(), 'max_position_embeddings', None)
-        return cls(decoder.tokenizer, prompts, context, decoder.name)
+        return cls(decoder.tokenizer, prompts, context, decoder.name, decoder.vocab)
 
     def __str__(self):
-        if self.template: return f"{'given' if self.prompts.template else 'own'} chat template"
+        if self.template:
+            dated = f', dated {_DAY:%d %b %Y} on every day' if self.template.is_dated else ''
+            return f"{'given' if self.prompts.template else 'own'} chat template{dated}"
         return f'plain prompt {self.prompts.plain or PROMPT_PRESETS["qa"]!r}'
 
     @property
@@ -464,8 +516,15 @@ class Renderer:
     ) -> list[int]:
         "The token ids that a model is asked with"
         text = self.text(example)
-        if self.template: return self.template.token_ids(text)
-        return _opened(self.tokenizer, self.tokenizer(text).input_ids)
+        if self.template: return self.known(self.template.token_ids(text))
+        return self.known(_opened(self.tokenizer, self.tokenizer(text).input_ids))
+
+    def known(self,
+        ids:list[int], # of a text
+    ) -> list[int]: # the same
+        "Token ids; raises `ValueError` for a token that the model has no embedding for"
+        if self.rows is not None: check_ids(ids, self.tokenizer, self.rows, self.name)
+        return ids
 
     def encode(self,
         example:dict,               # with its answer
@@ -473,6 +532,7 @@ class Renderer:
     ) -> dict: # `input_ids`, and `labels` of the same length that hide what is not learned
         "The token ids and labels that a model is trained on, cut at the end to what it can read"
         ids, mask = _masked(self, example)
+        self.known(ids)
         labels = ids if train_on_inputs else [i if m else -100 for i, m in zip(ids, mask)]
         return dict(input_ids=ids[:self.context], labels=labels[:self.context])
 
@@ -484,6 +544,7 @@ def _opened(
     "Token ids without the end token that some tokenizers put behind every text"
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
+# %% ../../nbs/reference/prompts.ipynb #b5a63a4d
 def _as_it_stands(
     renderer:Renderer,  # without a chat template
     example:dict,       # as `load_data` gives them
@@ -491,6 +552,7 @@ def _as_it_stands(
     "Is it a prompt that is written out, with nothing to put around it?"
     return 'prompt' in example and renderer.prompts.plain in (None, '{instruction}')
 
+# %% ../../nbs/reference/prompts.ipynb #83f67a55
 def _turns(
     renderer:Renderer,  # of the model
     turns:list[dict],   # of a chat
@@ -499,6 +561,7 @@ def _turns(
     if renderer.prompts.thinking != 'keep': turns = [*map(_without_thoughts, turns)]
     return renderer.template.fitted(turns)
 
+# %% ../../nbs/reference/prompts.ipynb #94ff12f5
 def _tools(
     example:dict, # as `load_data` gives them
 ) -> list|None:
@@ -506,6 +569,7 @@ def _tools(
     found = example.get('tools')
     return (json.loads(found) if isinstance(found, str) else found) or None
 
+# %% ../../nbs/reference/prompts.ipynb #a849f9b0
 def _asked_text(
     renderer:Renderer,  # with a chat template
     example:dict,       # a question
@@ -528,6 +592,7 @@ def _plain_mask(
     end = [i for i in [renderer.tokenizer.eos_token_id] if i is not None]
     return asked + said + end, [0]*len(asked) + [1]*len(said + end)
 
+# %% ../../nbs/reference/prompts.ipynb #e06ef513
 def _text_mask(
     renderer:Renderer,  # of the model
     asked:str,          # that is not learned; may be empty
@@ -573,6 +638,7 @@ def _numbered(
     return done
 
 # %% ../../nbs/reference/prompts.ipynb #00600179
+@checked()
 def encode_all(
     renderer:Renderer,          # of the model to train
     examples:Sequence[dict],    # with their answers, or encoded already
@@ -580,6 +646,9 @@ def encode_all(
 ) -> list[dict]: # `input_ids` and `labels`; without those of which nothing would be learned
     "Encode examples for training; raises `ValueError` naming the example that is refused, or if none is left"
     def encoded(e): return e if 'input_ids' in e else renderer.encode(e, train_on_inputs)
+    if renderer.tokenizer.eos_token is None and renderer.tokenizer.pad_token is None:
+        raise ValueError(f'the tokenizer of {renderer.name} has no token for the end of a text, so an answer would '
+                         'never end: set eos_token in its tokenizer_config.json')
     rows = _numbered(encoded, examples)
     template = renderer.template
     if template and not template.options and not template.asks_as_it_trains:
@@ -596,14 +665,18 @@ def encode_all(
     return kept
 
 # %% ../../nbs/reference/prompts.ipynb #9dd19bac
+@checked()
 def ask_all(
     renderer:Renderer,          # of the model to ask
     examples:Sequence[dict],    # questions
     room:int=0,                 # tokens to leave for the answer
 ) -> list[list[int]]: # token ids
     "The prompts of questions; raises `ValueError` naming the one that is refused"
+    if renderer.context and room >= renderer.context:
+        raise ValueError(f'an answer of {room:,} tokens leaves no room for a question: {renderer.name} can read '
+                         f'{renderer.context:,} tokens in all, ask for a shorter answer')
     prompts = _numbered(renderer.ask, examples)
-    longest = max(1, renderer.context - room) if renderer.context else None
+    longest = renderer.context - room if renderer.context else None
     cut = sum(len(p) > longest for p in prompts) if longest else 0
     if cut: warnings.warn(f'{cut:,} of {len(prompts):,} prompts are longer than {renderer.name} can read with an '
                           f'answer ({longest:,} tokens), and lose their beginning')
@@ -617,6 +690,7 @@ def _pieces(
     if 'instruction' in example: return [p for p in (example['instruction'], example.get('input')) if p]
     return [turn['content'].strip() for turn in asked_turns(example) if turn.get('content')]
 
+# %% ../../nbs/reference/prompts.ipynb #ea25ec3a
 def question_places(
     renderer:Renderer,  # of a model
     example:dict,       # a question
@@ -632,4 +706,4 @@ def question_places(
     spans = [(place[end] - 1, place[end]) if end in place and end > start else (0, 0)
              for start, end in cut.offset_mapping]
     spans[-1] = total, total + 1
-    return cut.input_ids[-longest:], spans[-longest:]
+    return renderer.known(cut.input_ids)[-longest:], spans[-longest:]

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from ..core.adapter import Adapter, balance
 from ..core.model import Decoder
+from ..core.settings import checked
 from ..stages.alignment import Alignment, Pair
 from ..stages.block_maps import split_role
 from ..stages.cka import matching_positions, read_texts
@@ -63,6 +64,7 @@ def _reader(
     return read
 
 # %% ../../nbs/course/19_refit.ipynb #e82d41b4
+@checked('texts')
 def paired_positions(
     old:Decoder, new:Decoder,   # two models
     texts:list[str]|list[dict], # texts, or questions to put to each model; of each, at most 512 tokens are read
@@ -131,6 +133,7 @@ def _fitted_pairs(
             if (pair.layers[0], role) in updates and pair.place(role)[0] and split_role(role)[1] is None]
 
 # %% ../../nbs/course/19_refit.ipynb #469cd0d7
+@checked()
 def refit(
     adapter:Adapter,            # of the old model
     alignment:Alignment,        # of the old model with the new
@@ -161,6 +164,7 @@ def refit(
     return replace(carried, updates=carried.updates | refitted, card=carried.card + note)
 
 # %% ../../nbs/course/19_refit.ipynb #405dabf7
+@checked('answers')
 def agreement(
     answers:list[str],  # of one model
     others:list[str],   # of another, to the same questions
@@ -182,7 +186,19 @@ def _shared_texts(
     texts, texts2 = ([renderer.text(e) for e in questions] for renderer in renderers)
     return texts if texts == texts2 else questions
 
+# %% ../../nbs/course/19_refit.ipynb #refitlinefn
+def _refit_line(
+    questions:int,  # how many there were
+    carried:float,  # share of answers of the carried adapter that agree with the old specialist's
+    best:float,     # of the best candidate
+) -> str:
+    "What the card says of a refit"
+    of = f'of the answers to two thirds of {questions:,} questions agree with the old specialist'
+    if best > carried: return f'- refitted without labels: {best:.1%} {of}, {carried:.1%} before\n'
+    return f'- not refitted: {carried:.1%} {of}, and no refit does better\n'
+
 # %% ../../nbs/course/19_refit.ipynb #bcc670ca
+@checked()
 def best_refit(
     adapter:Adapter,            # of the old model
     alignment:Alignment,        # of the old model with the new
@@ -203,4 +219,7 @@ def best_refit(
     candidates += [refit(adapter, alignment, old, new, texts, s, progress, prompts) for s in RIDGE_STRENGTHS]
     taught = evaluate(old, asked, adapter, prompts=first, progress=progress).answers
     def agrees(a): return agreement(evaluate(new, asked, a, prompts=second, progress=progress).answers, taught)
-    return max(candidates, key=agrees)
+    found = [agrees(candidate) for candidate in candidates]
+    best = found.index(max(found))
+    chosen = candidates[best]
+    return replace(chosen, card=chosen.card + _refit_line(len(inputs), found[0], found[best]))

@@ -23,8 +23,9 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from ..core.adapter import Adapter
 from ..core.files import atomic_directory, writing
 from ..core.model import Decoder
+from ..core.settings import checked
 from ..core.tokens import bytes_to_id, id_to_bytes
-from ..stages.card import tuned_card
+from ..stages.card import code_span, tuned_card
 from .evaluate import generate
 from .finetune import finetune
 from .prompts import ask_all, drop_thoughts, Prompts, question_key, Renderer, with_answer
@@ -41,8 +42,9 @@ def _is_usable(
     return 0 < len(tokenizer(f' {answer}', add_special_tokens=False).input_ids) < max_new_tokens
 
 # %% ../../nbs/course/20_refresh.ipynb #90fc65dc
+@checked()
 def pseudo_label(
-    model,                              # a causal language model with its adapter on
+    model:torch.nn.Module,              # a causal language model with its adapter on
     tokenizer:PreTrainedTokenizerBase,  # its tokenizer
     inputs:list[dict],                  # with `instruction` and maybe `input`
     max_new_tokens:int=64,              # longest answer, in tokens
@@ -132,9 +134,10 @@ def _up_to_end(
     return dict(input_ids=ids, labels=[-100]*start + labels[start:stop] + [-100]*(len(ids) - stop))
 
 # %% ../../nbs/course/20_refresh.ipynb #1f1e48a3
+@checked()
 @torch.no_grad()
 def teacher_top_k(
-    model,                              # a causal language model with its adapter on
+    model:torch.nn.Module,              # a causal language model with its adapter on
     tokenizer:PreTrainedTokenizerBase,  # its tokenizer
     examples:list[dict],                # with answers
     top:int=16,                         # likeliest tokens to keep at every position
@@ -177,6 +180,7 @@ def _as_row(
     return example | dict(messages=json.dumps(example['messages'])) if 'messages' in example else example
 
 # %% ../../nbs/course/20_refresh.ipynb #5b4bbdb6
+@checked()
 def distillation_data(
     decoder:Decoder,            # the old base model
     inputs:list[dict],          # with `instruction` and maybe `input`
@@ -189,7 +193,7 @@ def distillation_data(
     **kwargs,                   # passed to `pseudo_label`
 ) -> Dataset: # answers with what `teacher_top_k` says of them; a student can learn from them without the teacher
     "What the old specialist can teach; raises `ValueError` if `keep` holds other teacher data"
-    parts = ('updates', 'embeddings', 'rows', 'magnitudes', 'weights')
+    parts = ('updates', 'embeddings', 'rows', 'magnitudes', 'weights', 'biases')
     held = [getattr(adapter, part) for part in parts] if adapter else None
     base = hash_tensors(decoder.model.state_dict().values()) if keep else ''
     renderer = Renderer.of(decoder, prompts)
@@ -360,6 +364,7 @@ def _unlabelled(
 SOFT_WEIGHT = .5 # of the teacher's distribution in a target; the rest is its answer's
 
 # %% ../../nbs/course/20_refresh.ipynb #15c0d817
+@checked()
 def refresh(
     decoder:Decoder,            # the new base model, which stays as it is
     taught:Dataset|list[dict],  # from `distillation_data`; plain examples teach their answers only
@@ -371,7 +376,6 @@ def refresh(
     **kwargs,                   # passed to `finetune`
 ) -> tuple[Adapter, Run]: # the refreshed adapter, the loss at every step
     "Teach the new model what the old specialist says (Trans-LoRA, arXiv 2405.17258), and true labels if given"
-    if not 0 <= soft <= 1: raise ValueError(f'soft={soft} is not a share between 0 and 1')
     answered = _unlabelled(taught, labelled)
     learned = answered + [*labelled]
     if not learned: raise ValueError('nothing to learn from: give teacher data or labelled examples')
@@ -381,5 +385,5 @@ def refresh(
     tuned, losses = finetune(decoder, rows[:len(learned)], adapter, **kwargs)
     if not losses: return tuned, losses
     note = (f'Refreshed on {len(answered):,} answers of the old specialist and {len(labelled):,} labelled examples: '
-            f'{len(losses):,} steps.')
+            f'{len(losses):,} steps. Form of the prompts: {code_span(renderer)}.')
     return replace(tuned, card=tuned_card(adapter or Adapter({}), decoder.name, note)), losses

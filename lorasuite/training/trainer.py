@@ -21,9 +21,10 @@ from transformers import (
 )
 from ..core.files import held, lock_directory, mark_directory, own_directory, remove_directory
 from ..core.files import scratch_directory, writing
-from .settings import check_training
+from ..core.settings import check_training, checked
 
 # %% ../../nbs/reference/trainer.ipynb #0909939a
+@checked()
 def split_batch(
     batch_size:int,         # examples per step, on all devices together
     micro_batch:int|None,   # examples at a time on a device; all of its share by default
@@ -352,6 +353,7 @@ def _claim(
     return _describe_start(model, start) | data | {k: str(v) for k, v in (settings | dict(method=described)).items()}
 
 # %% ../../nbs/reference/trainer.ipynb #07f2785e
+@checked('rows')
 def fit(
     model:torch.nn.Module,              # what to train: its parameters that require a gradient
     rows:Sequence[dict]|Dataset,        # encoded examples

@@ -6,21 +6,23 @@
 __all__ = ['check_prompts', 'upgrade']
 
 # %% ../../nbs/reference/upgrade.ipynb #476d94e0
-import hashlib, os
+import copy, hashlib, os
 from ..core.adapter import Adapter
 from ..core.loading import load_model, load_skeleton
 from ..core.model import Decoder
+from ..stages.added_tokens import add_tokens, take_tokens, with_tokens
 from ..stages.alignment import align, Alignment
 from ..stages.pairing import warn_of_base
-from ..stages.transfer import transfer
+from ..stages.transfer import check_plain, transfer
 from ..stages.whole_weights import weights_to_updates
 from .finetune import finetune
 from .prompts import ask_all, encode_all, Prompts, prompts_of_both, Renderer
 from .refit import best_refit
-from .settings import check_training
+from ..core.settings import checked
 from .trainer import hash_tensors, Run
 
 # %% ../../nbs/reference/upgrade.ipynb #0b0c0b20
+@checked()
 def check_prompts(
     old:str|os.PathLike|Decoder,    # the model that answers the inputs
     new:str|os.PathLike|Decoder,    # the model that answers the inputs and learns the data
@@ -46,10 +48,22 @@ def _origin(
     old, new = alignment.old.sha256, alignment.new.sha256
     if not (old and new): return None
     pairs = sorted((adapter.updates | adapter.embeddings | adapter.rows).items())
-    tensors = hash_tensors([*(t for _, pair in pairs for t in pair), *adapter.magnitudes.values()])
+    tensors = hash_tensors([*(t for _, pair in pairs for t in pair), *adapter.magnitudes.values(),
+                            *adapter.biases.values()])
     return hashlib.sha256(repr((old, new, tensors, alignment.method, settings)).encode()).hexdigest()
 
+# %% ../../nbs/reference/upgrade.ipynb #upgtok02
+def _base_with_tokens(
+    new:str|os.PathLike|Decoder,    # the new model
+    adapter:Adapter,                # that was carried to it
+) -> Decoder:
+    "The new model with the tokens of an adapter"
+    decoder, mine = load_model(new), isinstance(new, Decoder) and adapter.tokenizer
+    own = Decoder(copy.deepcopy(decoder.model), decoder.tokenizer, decoder.name) if mine else decoder
+    return with_tokens(own, adapter)
+
 # %% ../../nbs/reference/upgrade.ipynb #4e9167ba
+@checked()
 def upgrade(
     old:str|os.PathLike|Decoder,        # the model that the adapter was trained on
     new:str|os.PathLike|Decoder,        # the model that shall have it
@@ -64,15 +78,22 @@ def upgrade(
     **kwargs,                           # passed to `finetune`, such as `steps`, `epochs`, `lr` and `seed`
 ) -> tuple[Adapter, Run]: # the adapter of the new model; the loss at every step, empty without `data`
     "Align, transfer, refit and tune, as far as there are data; raises what these raise (LoRASuite, section 3)"
-    check_training(**{name: value for name, value in kwargs.items() if name in ('lr', 'steps', 'epochs', 'seed')})
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+    if plain_rank is not None: check_plain(adapter, plain_rank)
     check_prompts(old, new, data or [], inputs or [], prompts)
     if inputs and adapter.magnitudes: raise ValueError('a DoRA cannot be refitted on questions: leave them out')
+    adapter, tokens = take_tokens(adapter, old, new)
+    if inputs and tokens:
+        raise ValueError('an adapter with added tokens cannot be refitted on questions: leave them out')
     if adapter.weights: adapter = weights_to_updates(adapter, load_model(old))
     alignment = align(old, new, texts, method, progress=progress)
     if inputs: upgraded = best_refit(adapter, alignment, load_model(old), load_model(new), inputs, progress, prompts)
     else: upgraded = transfer(adapter, alignment, plain_rank)
     warn_of_base(adapter, alignment.old.name)
+    if tokens: upgraded = add_tokens(upgraded, tokens, alignment, new)
     if not data: return upgraded, Run()
-    kwargs |= dict(start=_origin(adapter, alignment, inputs, texts), prompts=prompts_of_both(prompts)[1])
-    return finetune(load_model(new), data, upgraded, progress=progress, **kwargs)
+    brought = tokens and hash_tensors([*tokens.rows.values(), *tokens.changes.values()])
+    asked = prompts_of_both(prompts) if inputs else None
+    start = _origin(adapter, alignment, inputs, texts, brought, plain_rank, asked)
+    kwargs |= dict(start=start, prompts=prompts_of_both(prompts)[1])
+    return finetune(_base_with_tokens(new, upgraded), data, upgraded, progress=progress, **kwargs)

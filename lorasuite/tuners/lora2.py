@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 from ..core.formats.peft import PREFIX
 from ..core.model import Decoder
+from ..core.settings import checked
 
 # %% ../../nbs/course/21_lora2.ipynb #8a96dfc8
 def _random_orthonormal(
@@ -293,6 +294,7 @@ def _count_directions(
 # %% ../../nbs/course/21_lora2.ipynb #2d0e1eab
 class LoRA2(TrainerCallback):
     "LoRA² (arXiv 2408.06854) on a model with a LoRA of more directions than are kept; `finish` after the training"
+    @checked()
     def __init__(self,
         model:PeftModel,            # with a LoRA, fresh or not; made two-scaled in place
         target:float=4,             # directions of a module at the end, on average

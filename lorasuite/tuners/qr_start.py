@@ -18,6 +18,7 @@ from torch import nn, Tensor
 from ..core.adapter import Adapter, attach
 from ..core.dry_run import in_features, out_features
 from ..core.model import Decoder
+from ..core.settings import checked
 from ..training.examples import encode
 from ..training.trainer import fit, Run
 
@@ -31,6 +32,7 @@ def first_step(
     return G@A.T@A + B@(B.T@G)
 
 # %% ../../nbs/course/22_qr_start.ipynb #95ae8e6d
+@checked()
 def qr_start(
     W:Tensor, # (out, in) a base weight
     rank:int, # at most the smaller side of W

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from ..adapter import Adapter
 from ..experts import split_expert
-from ..files import parsing
+from ..files import parsing, resolve
 from ..loading import load_skeleton
 from ..model import model_info
 from ..ranks import EMPTY_CARD, largest_rank, named_strictly, pad_rank, strip_adapter
@@ -47,6 +48,7 @@ def _interleave(
     "Rows of q or k in the order of llama.cpp"
     return B.reshape(heads, 2, -1, B.shape[1]).transpose(1, 2).reshape(B.shape)
 
+# %% ../../../nbs/reference/gguf.ipynb #a1e40816
 def _separate(
     B:Tensor,  # (heads·size, rank), the halves of each head alternating
     heads:int, # number of heads
@@ -65,6 +67,7 @@ class _Base:
     tied:dict[str, str]     # path of an embedding that is input and output: its name in llama.cpp
     info:object             # its `ModelInfo`
 
+# %% ../../../nbs/reference/gguf.ipynb #5ea6ba38
 def _permuted(
     paths:list[str], # of modules
     config,          # of the text model
@@ -73,6 +76,7 @@ def _permuted(
     heads = dict(q_proj=config.num_attention_heads, k_proj=config.num_key_value_heads)
     return {path: heads[leaf] for path in paths if (leaf := path.rpartition('.')[2]) in heads}
 
+# %% ../../../nbs/reference/gguf.ipynb #945d42fa
 def _load_base(
     name:str, # directory or Hub id of a model
 ) -> _Base:
@@ -90,6 +94,7 @@ def _load_base(
     tied = {path: names.pop(path) for path in ends if info.tied and path in names}
     return _Base(name, architecture, names, _permuted(paths, config) if permuted else {}, tied, info)
 
+# %% ../../../nbs/reference/gguf.ipynb #96c9a91c
 def check_base(
     name:str|os.PathLike, # a directory, `zoo/…`, or a Hub id
 ):
@@ -105,6 +110,7 @@ def _check_places(
     remedy = 'give --format peft'
     if adapter.magnitudes:
         raise ValueError('GGUF holds no DoRA: transfer it with --plain-rank, as the nearest LoRA of a rank')
+    for path in adapter.biases: raise ValueError(f'{path}: GGUF has no place for a bias of lora_bias: {remedy}')
     for name in adapter.weights: raise ValueError(f'{name}: GGUF has no place for whole weights: {remedy}')
     for path in adapter.rows: raise ValueError(f'{path}: GGUF has no place for trained tokens: {remedy}')
     for path in adapter.updates | adapter.embeddings:
@@ -132,6 +138,7 @@ def _tensors(
 # %% ../../../nbs/reference/gguf.ipynb #gg00000m
 _BASE = 'lorasuite.base_model' # name of the base in the file, as lorasuite needs it to read the file again
 
+# %% ../../../nbs/reference/gguf.ipynb #2dd51e96
 def _add_tensor(
     writer,     # a `GGUFWriter`
     name:str,   # of a tensor
@@ -144,6 +151,7 @@ def _add_tensor(
     kind = kinds.get(t.dtype, gguf.GGMLQuantizationType.F32)
     writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
 
+# %% ../../../nbs/reference/gguf.ipynb #3c43ebc1
 def write(
     adapter:Adapter, # what is to be written; its base must be there
     folder:Path,     # an empty directory
@@ -168,18 +176,19 @@ def write(
 
 # %% ../../../nbs/reference/gguf.ipynb #gg00000p
 def recognises(
-    path:Path, # a directory or file
+    files:set[str], # names in a directory or repository, or of a single file
 ) -> bool:
-    "Is it a GGUF file, or a directory with one such file?"
-    if path.is_file(): return path.suffix == '.gguf'
-    return len([*path.glob('*.gguf')]) == 1 and not (path/'adapter_config.json').exists()
+    "Is there one GGUF file, and no other adapter?"
+    return sum(file.endswith('.gguf') for file in files) == 1 and 'adapter_config.json' not in files
 
+# %% ../../../nbs/reference/gguf.ipynb #7da89c31
 def _file(
-    name:str|os.PathLike, # a file, or a directory with one
+    name:str|os.PathLike, # a file, a directory with one, or a Hub id
 ) -> Path:
     "The GGUF file; raises `FileNotFoundError` where there is none"
     path = Path(name)
     if path.is_file(): return path
+    if not path.is_dir(): path = Path(snapshot_download(resolve(name), allow_patterns='*.gguf'))
     found = sorted(path.glob('*.gguf'))
     if len(found) == 1: return found[0]
     raise FileNotFoundError(f'{name} has {len(found)} files of the kind .gguf: give the file of an adapter')
@@ -194,6 +203,7 @@ def _field(
     field = reader.get_field(key)
     return default if field is None else field.contents()
 
+# %% ../../../nbs/reference/gguf.ipynb #3aeb180f
 def _check_kind(
     reader:'GGUFReader', # of the file
     file:Path,           # the file, for messages
@@ -205,6 +215,7 @@ def _check_kind(
     if _field(reader, 'adapter.alora.invocation_tokens', None) is not None:
         raise ValueError(f'{file}: alora.invocation_tokens is not carried: train the adapter without it')
 
+# %% ../../../nbs/reference/gguf.ipynb #1b8d73f2
 def _base_name(
     reader:'GGUFReader', # of the file
     file:Path,           # the file, for messages
@@ -241,7 +252,7 @@ def _pairs(
 _NO_UPDATE = 'not an update of two factors; llama.cpp leaves it out too'
 
 def read(
-    name:str|os.PathLike, # a GGUF file, or a directory with one
+    name:str|os.PathLike, # a GGUF file, a directory with one, or a Hub id
     base:str='',          # directory or Hub id of the model; that which the file names by default
 ) -> Adapter:
     "Read an adapter of llama.cpp; raises `ValueError` naming what is not understood"
@@ -263,6 +274,7 @@ def read(
         (adapter.embeddings if table else adapter.updates)[path] = A, B*(alpha/len(A) if alpha else 1)
     return strip_adapter(adapter, file)
 
+# %% ../../../nbs/reference/gguf.ipynb #203e0edb
 def _check_names(
     names,              # of weights that the file updates
     base:_Base,         # that it is for

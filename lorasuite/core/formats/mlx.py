@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from ..adapter import Adapter
 from ..experts import split_expert
-from ..files import parsing, resolve
+from ..files import locate, parsing
 from ..loading import load_skeleton
 from ..model import model_info, ModelInfo
 from ..ranks import EMPTY_CARD, largest_rank, named_strictly, pad_rank, strip_adapter
@@ -22,10 +22,10 @@ from ..ranks import EMPTY_CARD, largest_rank, named_strictly, pad_rank, strip_ad
 _SETTINGS, _WEIGHTS = 'adapter_config.json', 'adapters.safetensors'
 
 def recognises(
-    path:Path, # a directory or file
+    files:set[str], # names in a directory or repository, or of a single file
 ) -> bool:
-    "Is it a directory with an adapter of mlx-lm?"
-    return (path/_WEIGHTS).is_file()
+    "Are they those of an adapter of mlx-lm?"
+    return {_SETTINGS, _WEIGHTS} <= files
 
 # %% ../../../nbs/reference/mlx.ipynb #mx00000b
 def _check_settings(
@@ -77,6 +77,7 @@ def _pairs(
     for path, pair in modules.items(): _check_pair(path, pair, rank, file)
     return {path: (pair['lora_a'], pair['lora_b']) for path, pair in modules.items()}
 
+# %% ../../../nbs/reference/mlx.ipynb #a3137926
 def _check_pair(
     path:str,               # module path
     pair:dict[str, Tensor], # `lora_a`, `lora_b`
@@ -122,13 +123,14 @@ def _adapter_dir(
     name:str|os.PathLike, # a directory or Hub id
 ) -> Path:
     "Directory of an adapter, fetched from the Hub if need be; raises `FileNotFoundError` when a file of it is missing"
-    source = Path(resolve(name))
+    source = Path(locate(name))
     if not source.is_dir(): source = Path(snapshot_download(str(name), allow_patterns=[_SETTINGS, _WEIGHTS]))
     for f in (_SETTINGS, _WEIGHTS):
         if not (source/f).is_file():
             raise FileNotFoundError(f'{name} has no {f}: give the directory of an adapter of mlx-lm')
     return source
 
+# %% ../../../nbs/reference/mlx.ipynb #0c2cfb38
 def read(
     name:str|os.PathLike, # a directory or Hub id
 ) -> Adapter:
@@ -160,6 +162,7 @@ def _prefix(
     if info.stack in _STACKS: return _STACKS[info.stack]
     raise ValueError(f'{info.name}: mlx-lm has other names than {info.stack} for its blocks: give --format peft')
 
+# %% ../../../nbs/reference/mlx.ipynb #521c9acd
 def check_base(
     name:str|os.PathLike, # a directory, `zoo/…`, or a Hub id
 ):
@@ -263,6 +266,7 @@ def write(
     info, kind, rank = model_info(base), base.model.config.get_text_config().model_type, largest_rank(adapter)
     if adapter.weights:
         raise ValueError(f'mlx-lm has no place for whole weights ({", ".join(adapter.weights)}): give --format peft')
+    if adapter.biases: raise ValueError('mlx-lm has no place for the biases of lora_bias: give --format peft')
     adapter = named_strictly(adapter, info)
     tensors = _tensors(adapter, info, kind, rank)
     magnitudes = {f'{_mlx_path(path, info, kind)}.m': m.float().contiguous() for path, m in adapter.magnitudes.items()}
