@@ -578,27 +578,32 @@ def _merged(adapter:str, base:str, rank:int|None):
     decoder = load_model(base)
     return weights_to_updates(merge_adapter(adapter, decoder), decoder, rank or WHOLE_RANK)
 
+# %% ../nbs/reference/cli.ipynb #baseoffn
+def _base_of(source, adapter:str, base:str|None):
+    "The model of an adapter, without weights; warns where another one is given than it was trained on"
+    from lorasuite.core.loading import load_skeleton
+    from lorasuite.stages.added_tokens import with_tokens
+    from lorasuite.stages.pairing import warn_of_base
+    if not (base or source.base): raise ValueError(f'{adapter} names no base model: give --base MODEL')
+    if base: warn_of_base(source, base)
+    try: return with_tokens(load_skeleton(base or source.base), source)
+    except OSError as e:
+        if base: raise
+        raise ValueError(f'the base that {adapter} names cannot be read ({e}): give --base MODEL') from None
+
 # %% ../nbs/reference/cli.ipynb #0846bf19
 def _load_for(adapter:str, base:str|None, rank:int|None):
     "An adapter under the names of its base, of another method as a LoRA; raises `ValueError` where they do not fit"
     import inspect
     from lorasuite.core.adapter import Adapter, check_fit, detect_format, find_format
     from lorasuite.core.formats.peft import OtherMethod
-    from lorasuite.core.loading import load_skeleton
     from lorasuite.core.model import model_info
-    from lorasuite.stages.added_tokens import with_tokens
-    from lorasuite.stages.pairing import warn_of_base
     takes_base = 'base' in inspect.signature(find_format(detect_format(adapter)).read).parameters
     try: source = Adapter.load(adapter, **(dict(base=base) if base and takes_base else {}))
     except OtherMethod:
         if not base: raise
         return _merged(adapter, base, rank)
-    if not (base or source.base): raise ValueError(f'{adapter} names no base model: give --base MODEL')
-    try: decoder = with_tokens(load_skeleton(base or source.base), source)
-    except OSError as e:
-        if base: raise
-        raise ValueError(f'the base that {adapter} names cannot be read ({e}): give --base MODEL') from None
-    if base: warn_of_base(source, base)
+    decoder = _base_of(source, adapter, base)
     named = source.named_for(model_info(decoder))
     named.base, named.layers = decoder.name, decoder.layers
     check_fit(named, decoder)

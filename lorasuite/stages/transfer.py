@@ -320,6 +320,16 @@ def _in_new(
     if why != _OUTSIDE: return why
     return f'{why}, and the new model has {"another weight" if path in new.outside else "no such module"} there'
 
+# %% ../../nbs/course/12_transfer.ipynb #allblocksfn
+def _all_blocks(
+    updates:dict,           # (layer, role): A, B of the old model
+    alignment:Alignment,    # of the old model with the new
+) -> dict[str, tuple[Tensor, Tensor]]: # path in the new model: A, B
+    "What is carried to blocks, and untrained updates for what is new in them"
+    moved = _transfer_blocks(updates, alignment)
+    fresh = {place: ab for place, ab in _new_layers(updates, alignment).items() if place not in moved}
+    return group_by_module(moved | fresh, alignment.new)
+
 # %% ../../nbs/course/12_transfer.ipynb #energysharefn
 def energy_share(
     adapter:Adapter,        # of the old model
@@ -361,9 +371,7 @@ def transfer(
     adapter, new = adapter.named_for(alignment.old), alignment.new
     updates, outside = split_by_role(adapter, alignment.old)
     same = {path: adapter.updates[path] for path in outside if path in alignment.same_outside}
-    moved = _transfer_blocks(updates, alignment)
-    fresh = {place: ab for place, ab in _new_layers(updates, alignment).items() if place not in moved}
-    blocks = group_by_module(moved | fresh, new)
+    blocks = _all_blocks(updates, alignment)
     head, table, unsupported = transfer_embeddings(adapter, alignment)
     rows, unknown = transfer_rows(adapter, alignment)
     outside = {path: _in_new(path, why, new) for path, why in outside.items() if path not in same}

@@ -548,6 +548,21 @@ def check_config(
                          'save the adapter again with save_pretrained(…, '
                          'path_initial_model_for_weight_conversion=…)')
 
+# %% ../../../nbs/reference/formats.ipynb #checkchoices
+def _check_choices(
+    said:dict,  # what adapter_config.json holds
+    file:Path,  # the file, for messages
+):
+    "Raise `ValueError` where modules or patterns are neither names nor tables of them"
+    for name in ('rank_pattern', 'alpha_pattern'):
+        if isinstance(said.get(name), dict | None): continue
+        raise ValueError(f'{file}: {name}={said[name]!r:.60} is no table of patterns: save the adapter again')
+    for name in ('target_modules', 'exclude_modules', 'target_parameters'):
+        chosen = said.get(name)
+        named = isinstance(chosen, list) and all(isinstance(x, str) for x in chosen)
+        if named or isinstance(chosen, str | None): continue
+        raise ValueError(f'{file}: {name}={chosen!r:.60} is no name and no list of names: save the adapter again')
+
 # %% ../../../nbs/reference/formats.ipynb #f49e854c
 def _read_settings(
     file:Path, # adapter_config.json
@@ -561,16 +576,9 @@ def _read_settings(
     with parsing(file), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Unexpected keyword arguments')
         config = PeftConfig.from_pretrained(str(file.parent))
+    _check_choices(said, file)
     for name in ('rank_pattern', 'alpha_pattern'):
-        patterns = getattr(config, name, {})
-        if not isinstance(patterns, dict | None):
-            raise ValueError(f'{file}: {name}={patterns!r:.60} is no table of patterns: save the adapter again')
-        if patterns is None: setattr(config, name, {})
-    for name in ('target_modules', 'exclude_modules', 'target_parameters'):
-        chosen = said.get(name)
-        named = isinstance(chosen, list) and all(isinstance(x, str) for x in chosen)
-        if named or isinstance(chosen, str | None): continue
-        raise ValueError(f'{file}: {name}={chosen!r:.60} is no name and no list of names: save the adapter again')
+        if getattr(config, name, {}) is None: setattr(config, name, {})
     if 'r' not in said: config.r = None
     config.peft_version = str(said.get('peft_version') or '') # PEFT puts its own where there is none
     if getattr(config, 'lora_alpha', 0) is None:
