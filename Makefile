@@ -3,6 +3,7 @@
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETTINGS := settings.ini setup.py constraints.txt
+LONGEST := tests/test_tutorials.py tests/test_many.py tests/test_pairs.py # begun first, so that no core waits at the end
 
 demo: .venv/library
 	OMP_NUM_THREADS=1 $(BIN)/lorasuite demo
@@ -25,7 +26,7 @@ test: .venv/dev
 	@if [ -x $(BIN)/smalldocs ] || command -v quarto; then $(BIN)/python tools/docs.py; \
 	 else echo "not built: needs quarto, or Python 3.11 or later for smalldocs"; fi
 	@echo "== tests pass"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests
 
 docs: .venv/dev
 	$(BIN)/python tools/docs.py

@@ -70,8 +70,11 @@ def _checked(
 ) -> dict:
     "The values with `~` expanded; raises `ValueError` for an empty text and for a setting that no training can have"
     for name, value in values.items():
+        if isinstance(value, list) and not all(x.strip() for x in value): raise ValueError(f'{name}: one is empty')
         if not isinstance(value, str | Path) or isinstance(value, Enum): continue
         if not str(value).strip(): raise ValueError(f'{name} is empty: give it, or leave it out')
+        if name == 'out' and str(value) == '.':
+            raise ValueError('out is empty, or the directory that you are in: name a directory to make')
         values = values | {name: type(value)(os.path.expanduser(value))}
     check_training(**values | dict(schedule=getattr(values.get('schedule'), 'value', None)))
     return values
@@ -123,6 +126,27 @@ def _reserved(
             if is_ours(folder) and not any(found for pattern in kept for found in folder.glob(pattern)):
                 remove_directory(folder)
 
+# %% ../nbs/reference/cli.ipynb #manycli2
+_MANY = ('listed', 'hub_user', 'jobs', 'engine') # options that only many adapters have
+
+def _is_many(
+    adapters:list[str]|None=None,   # names or patterns
+    **options,                      # of the command
+) -> bool:
+    "Shall many adapters be transferred, or a single one?"
+    adapters = adapters or []
+    pattern = any(c in name for name in adapters for c in '*?[')
+    return len(adapters) != 1 or pattern or any(options.get(name) is not None for name in _MANY)
+
+# %% ../nbs/reference/cli.ipynb #manycli5
+def _failures(
+    report:dict, # of many adapters
+) -> str:
+    "Which of many adapters failed, in one line; empty where none did"
+    names = [row['adapter'] for row in report['adapters'] if row['status'] == 'failed']
+    if not names: return ''
+    return f'{len(names)} of {len(report["adapters"])} adapters failed: {shortened(names, _NAMED)}'
+
 # %% ../nbs/reference/cli.ipynb #940bc91b
 def _command(f:Callable) -> Callable:
     "Make `f` a subcommand that prints its dict; bad input ends with status 2, our own faults with 1"
@@ -134,14 +158,17 @@ def _command(f:Callable) -> Callable:
         try:
             _check_options(name, _given(context))
             kwargs = _checked(kwargs)
-            with redirect_stdout(sys.stderr if as_json else sys.stdout), _reserved(kwargs.get('out')):
+            out = None if name == 'transfer' and _is_many(**kwargs) else kwargs.get('out')
+            with redirect_stdout(sys.stderr if as_json else sys.stdout), _reserved(out):
                 result = f(*args, **kwargs)
         except (ValueError, OSError, ImportError) as e: _fail(str(e), 2)
         except KeyboardInterrupt: _fail('interrupted', 130)
         except Exception as e:
             traceback.print_exc()
             _fail(f'a fault of lorasuite, please report it: {type(e).__name__}: {e}', 1)
+        failures = result.pop('failures', '')
         _print_result(result, as_json)
+        if failures: _fail(failures, 1)
     own = inspect.Parameter('context', inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     signature = inspect.signature(f)
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])
@@ -222,22 +249,22 @@ def _finish(adapter, out:Path):
     adapter.save(out)
     remove_directory(_checkpoints(out))
 
-# %% ../nbs/reference/cli.ipynb #clwrite2
-def _check_writing(base:str, format:str, dtype:str, compact:bool):
-    "Raise `ValueError` for a format or type that there is not, or a model whose adapters the format cannot hold"
-    from lorasuite.core.adapter import find_format
-    from lorasuite.core.ranks import DTYPES
-    module = find_format(format)
-    if dtype not in ('base', *DTYPES): raise ValueError(f'--dtype {dtype}: choose one of base, {", ".join(DTYPES)}')
-    if compact and format != 'peft': raise ValueError(f'--compact: files of the format {format} have one rank')
-    if hasattr(module, 'check_base'): module.check_base(base)
+# %% ../nbs/reference/cli.ipynb #clwhole1
+def _whole_updates(adapter):
+    "Forms the whole updates of a DoRA; says so where its base is not here, and the errors are those of B A"
+    from lorasuite.core.loading import load_model
+    from lorasuite.stages.dora import whole_updates
+    try: return whole_updates(load_model(adapter.base, lazy=True))
+    except (OSError, ValueError):
+        warnings.warn(f'{adapter.base} cannot be read here, so the errors of this DoRA are those of B A alone')
 
 # %% ../nbs/reference/cli.ipynb #clwrite4
 def _write(adapter, out:Path, format:str, dtype:str, max_rank:int|None, compact:bool) -> dict:
     "Cut, round and save an adapter, in the first process; the errors of both"
     if not is_main_process(): return {}
     from lorasuite.core.ranks import base_dtype, DTYPES, shrink
-    smaller, errors = shrink(adapter, max_rank, DTYPES.get(dtype) or base_dtype(adapter.base))
+    dense = _whole_updates(adapter) if adapter.magnitudes else None
+    smaller, errors = shrink(adapter, max_rank, DTYPES.get(dtype) or base_dtype(adapter.base), dense)
     smaller.save(out, format, **(dict(compact=True) if compact else {}))
     remove_directory(_checkpoints(out))
     return errors
@@ -373,35 +400,78 @@ def _facts(card:str) -> list[str]:
     return [line[2:] for line in lines if line.startswith('- ') and not any(x in line for x in _ELSEWHERE)]
 
 # %% ../nbs/reference/cli.ipynb #189839ac
-@_command
-def transfer_command(
-    adapter:_Source,
-    alignment:Annotated[Path, typer.Argument(metavar='ALIGNMENT', help='directory made by `lorasuite align`')],
-    out:_Out, inputs:_Questions=None, adapter_name:_Which=None, format:_Format='peft', dtype:_Dtype='base',
-    max_rank:_MaxRank=None, compact:_Compact=False, plain_rank:_Plain=None,
-    prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
-    columns:_Columns=None, split:_Split='train', force:_Force=False, json_:_Json=False,
-):
-    "Transfer an adapter along an alignment."
+def _transfer_one(adapter:str, alignment:Path, out:Path, inputs, prompts, columns, split, **options) -> dict:
+    "Transfer a single adapter, with a refit where there are questions"
+    from lorasuite.core.ranks import check_writing
     from lorasuite.stages.added_tokens import add_tokens, take_tokens
     from lorasuite.stages.alignment import Alignment
     from lorasuite.stages.card import skipped_by_reason
     from lorasuite.stages.pairing import check_pair
     from lorasuite.stages.transfer import transfer
-    prompts = _prompts(prompt, chat_template, thinking, models=2)
-    source = _load_adapter(adapter, adapter_name)
+    written = {name: options[name] for name in ('format', 'dtype', 'compact')}
+    source = _load_adapter(adapter, options['adapter_name'])
     maps = Alignment.load(alignment)
-    check_pair(source, maps, force)
-    _check_writing(maps.new.name, format, dtype, compact)
+    check_pair(source, maps, options['force'])
+    check_writing(maps.new.name, **written)
     source, tokens = take_tokens(source, maps.old.name, maps.new.name)
     if source.weights: source = _as_updates(source, maps.old.name)
     questions = _examples(inputs, columns, split, labelled=False)
     if questions and tokens: raise ValueError('--inputs: an adapter with added tokens cannot be refitted: leave it out')
-    carried = _refit(source, maps, questions, prompts) if questions else transfer(source, maps, plain_rank)
+    carried = (_refit(source, maps, questions, prompts) if questions else
+               transfer(source, maps, options['plain_rank']))
     if tokens: carried = add_tokens(carried, tokens, maps, maps.new.name)
-    errors = _write(carried, out, format, dtype, max_rank, compact)
+    errors = _write(carried, out, max_rank=options['max_rank'], **written)
     found = dict(out=str(out), adapter=str(carried), facts=_facts(carried.card)) | _brought(carried)
     return found | errors | dict(skipped=skipped_by_reason(carried))
+
+# %% ../nbs/reference/cli.ipynb #manycli8
+def _transfer_many(
+    adapters, listed, hub_user, alignment:Path, out:Path, jobs, engine, as_json:bool, inputs, **options,
+) -> dict:
+    "Transfer many adapters, in the first process"
+    if not is_main_process(): return {}
+    if inputs: raise ValueError('--inputs is for one adapter: transfer it by itself, or leave the option out')
+    if not (adapters or listed or hub_user): raise ValueError('which adapter? give ADAPTER before ALIGNMENT, or --list')
+    from lorasuite.stages.alignment import Alignment
+    from lorasuite.stages.many import adapter_names, hub_adapters, Options, report_lines, transfer_many
+    names = hub_adapters(hub_user, Alignment.load(alignment).old.name) if hub_user else []
+    if adapters or listed: names = [*dict.fromkeys(adapter_names(adapters or [], listed) + names)]
+    report = transfer_many(names, alignment, out, Options(**options), jobs, engine or 'processes', _show_progress())
+    found = report if as_json else dict(facts=report_lines(report))
+    return found | dict(failures=_failures(report))
+
+# %% ../nbs/reference/cli.ipynb #manycli9
+_Adapters = Annotated[Optional[list[str]], typer.Argument(
+    metavar='ADAPTER', help='directories or Hub ids of adapters, or patterns such as "adapters/*"')]
+_Listed = Annotated[Optional[Path], typer.Option('--list', metavar='FILE', help='names of more adapters, one a line')]
+_HubUser = Annotated[Optional[str], typer.Option(
+    metavar='USER', help='all adapters of a user of the Hub for the old model')]
+_Jobs = Annotated[Optional[int], typer.Option(min=1, help='of many adapters, how many at once')]
+_Engine = Annotated[Optional[str], typer.Option(
+    help='what carries many: processes of this machine; ray, on a cluster (pip install "lorasuite[ray]")')]
+
+# %% ../nbs/reference/cli.ipynb #manyclia
+@_command
+def transfer_command(
+    *,
+    adapters:_Adapters=None,
+    alignment:Annotated[Path, typer.Argument(metavar='ALIGNMENT', help='directory made by `lorasuite align`')],
+    out:Annotated[Path, typer.Option(
+        '--out', '-o', help='directory to make; with many adapters one for each of them in it')],
+    listed:_Listed=None, hub_user:_HubUser=None, jobs:_Jobs=None, engine:_Engine=None,
+    inputs:_Questions=None, adapter_name:_Which=None, format:_Format='peft', dtype:_Dtype='base',
+    max_rank:_MaxRank=None, compact:_Compact=False, plain_rank:_Plain=None,
+    prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
+    columns:_Columns=None, split:_Split='train', force:_Force=False, json_:_Json=False,
+):
+    "Transfer an adapter along an alignment, or many. Interrupted with many, it resumes when started again."
+    options = dict(adapter_name=adapter_name, format=format, dtype=dtype, max_rank=max_rank, compact=compact,
+                   plain_rank=plain_rank, force=force)
+    given = dict(listed=listed, hub_user=hub_user, jobs=jobs, engine=engine)
+    if _is_many(adapters, **given):
+        return _transfer_many(adapters, alignment=alignment, out=out, as_json=json_, inputs=inputs, **given, **options)
+    prompts = _prompts(prompt, chat_template, thinking, models=2)
+    return _transfer_one(adapters[0], alignment, out, inputs, prompts, columns, split, **options)
 
 # %% ../nbs/reference/cli.ipynb #33902083
 def _split_names(names:str|None) -> list[str]|None:
@@ -556,7 +626,8 @@ def upgrade_command(
     plain_rank:_Plain=None, json_:_Json=False,
 ):
     "Align, transfer and, given data, refit and tune: all in one go."
-    _check_writing(new, format, dtype, compact)
+    from lorasuite.core.ranks import check_writing
+    check_writing(new, format, dtype, compact)
     from lorasuite.stages.card import skipped_by_reason
     from lorasuite.training.upgrade import upgrade
     prompts = _prompts(prompt, chat_template, thinking, models=2)
@@ -619,9 +690,10 @@ def convert_command(
     format:_Format='peft', dtype:_Dtype='base', max_rank:_MaxRank=None, compact:_Compact=False, json_:_Json=False,
 ):
     "Write an adapter in other files: for PEFT, mlx-lm or llama.cpp. Its model stays the same."
+    from lorasuite.core.ranks import check_writing
     from lorasuite.stages.card import skipped_by_reason
     source = _load_for(adapter, base, max_rank)
-    _check_writing(source.base, format, dtype, compact)
+    check_writing(source.base, format, dtype, compact)
     errors = _write(source, out, format, dtype, max_rank, compact)
     return dict(out=str(out), adapter=str(source)) | errors | dict(skipped=skipped_by_reason(source))
 

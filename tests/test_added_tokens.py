@@ -1,5 +1,5 @@
 "Tokens that were added for an adapter: known by its tokenizer, carried, and loaded by PEFT onto a resized base"
-import copy, json
+import copy, json, shutil
 import pytest, torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken
@@ -9,9 +9,11 @@ from models import error, random_decoder, tokens
 from test_laws import enlarge
 from lorasuite.cli import app
 from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import data_dir
 from lorasuite.core.loading import load_model
 from lorasuite.core.model import Decoder
-from lorasuite.stages.added_tokens import add_tokens, take_tokens
+from lorasuite.forecast.inspection import preview_transfer
+from lorasuite.stages.added_tokens import add_tokens, take_tokens, with_tokens
 from lorasuite.stages.alignment import align
 from lorasuite.stages.transfer import transfer
 from lorasuite.stages.whole_weights import weights_to_updates
@@ -157,3 +159,27 @@ def test_commands(tmp_path):
     for file in ('tokenizer.json', 'tokenizer_config.json'): (tmp_path/'a'/file).unlink()
     said = lora('upgrade', 'zoo/old', 'zoo/new', tmp_path/'a', '-o', tmp_path/'d', status=2)
     assert 'trained with 514 tokens, zoo/old has 512' in ' '.join(said.split()) and not (tmp_path/'d').exists()
+
+def test_tokens_without_rows_are_named(tokenizer, tmp_path):
+    base, new = random_decoder(tokenizer, layers=2), random_decoder(tokenizer, layers=2, seed=1)
+    config = LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM', init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(larger(base).model), config)
+    model.save_pretrained(tmp_path/'a', save_embedding_layers=False)
+    larger(base).tokenizer.save_pretrained(tmp_path/'a')
+    adapter = Adapter.load(tmp_path/'a')
+    assert not adapter.rows and not adapter.weights and not adapter.skipped
+    rest, brought = take_tokens(adapter, base, new)
+    assert brought is None and [*rest.skipped] == [f'token {name}' for name in NAMES]
+    carried = transfer(rest, align(base, new, FEW))
+    assert 'no row for it was saved' in carried.card and not carried.tokenizer
+    assert not take_tokens(adapter, base, larger(new))[0].skipped # it has rows of its own
+    with pytest.warns(UserWarning, match='left out: token <call>, token <back>: the tokenizer beside the adapter'):
+        assert with_tokens(base, adapter).vocab == base.vocab
+    assert preview_transfer(adapter, base, new)['notes'][-1].startswith('token <call>, token <back>: the tokenizer')
+
+def test_a_tokenizer_beside_a_plain_adapter_that_is_none(tmp_path):
+    shutil.copytree(data_dir()/'zoo/adapter', tmp_path/'a')
+    (tmp_path/'a/tokenizer.json').write_text('{}')
+    found = CliRunner().invoke(app, ['inspect', 'zoo/old', 'zoo/new', str(tmp_path/'a')])
+    assert found.exit_code == 2 and len(found.stderr.splitlines()) == 1
+    assert 'tokenizer.json is not readable as a tokenizer (it has no model and no added_tokens)' in found.stderr

@@ -5,12 +5,16 @@ import pytest, torch
 from typer.testing import CliRunner
 from lorasuite import Adapter, align, Alignment, evaluate, finetune, inspect, load_model, refresh, transfer, upgrade
 from lorasuite.cli import app
+from lorasuite.core.adapter import update_energy
 from lorasuite.core.block import read_block
 from lorasuite.core.files import did_you_mean, locate
 from lorasuite.core.loading import load_skeleton
 from lorasuite.core.model import Decoder
 from lorasuite.core.ranks import shrink
 from lorasuite.core.settings import checked, SCHEDULES
+from lorasuite.core.tokens import shared_tokens
+from lorasuite.stages.head_mapping import head_rows, row_cosines
+from lorasuite.stages.paper import pseudo_inverse
 from lorasuite.stages.transfer_matrix import stream_maps, transfer_matrix
 from lorasuite.training.evaluate import bits_per_byte, generate
 from lorasuite.training.examples import load_data
@@ -189,7 +193,7 @@ def test_offline_is_said(monkeypatch):
     with pytest.raises(FileNotFoundError, match='HF_HUB_OFFLINE is set'): locate('no/such-model')
 
 def test_what_was_fetched_is_used(monkeypatch, no_hub):
-    monkeypatch.setattr('huggingface_hub.snapshot_download', lambda name, local_files_only: f'/kept/{name}')
+    monkeypatch.setattr('huggingface_hub.snapshot_download', lambda name, **_: f'/kept/{name}')
     assert locate('org/name') == '/kept/org/name'
 
 def test_a_hub_that_answers_is_asked(monkeypatch):
@@ -210,6 +214,9 @@ def test_data_without_a_hub(tmp_path, monkeypatch, no_hub):
     status, lines = run('evaluate', 'zoo/new', '--data', 'dta.jsonl')
     assert status == 2 and 'no such data file: dta.jsonl (did you mean data.jsonl?)' in lines[0]
     assert did_you_mean('nothing-like-it') == ''
+    monkeypatch.setattr('huggingface_hub.snapshot_download', lambda name, repo_type, **_: f'/kept/{repo_type}/{name}')
+    status, lines = run('evaluate', 'zoo/new', '--data', 'no/such-data')
+    assert status == 2 and lines[-1].endswith('cannot be reached: give /kept/dataset/no/such-data')
 
 # ---- the Python API
 
@@ -272,7 +279,12 @@ CALLS = dict( # call on (old, new, alignment, adapter, a file), what the message
     thinking=(lambda o, n, m, a, f: Prompts(thinking='loudly'), 'choose one of keep, drop, forbid'),
     prompt_number=(lambda o, n, m, a, f: Prompts(3), 'prompt is int'),
     no_devices=(lambda o, n, m, a, f: split_batch(4, 2, 0), 'devices=0'),
-    rows=(lambda o, n, m, a, f: transfer_matrix(torch.ones(3, 2), torch.ones(2, 2)), r'E \(3, 2\), E2 \(2, 2\)'),
+    rows=(lambda o, n, m, a, f: transfer_matrix(torch.ones(3, 2), torch.ones(2, 2)), r'E2 has the shape \(2, 2\).*n 3'),
+    dimensions=(lambda o, n, m, a, f: row_cosines(torch.ones(3), torch.ones(2, 2)), r'X has the shape \(3,\), where'),
+    whole_numbers=(lambda o, n, m, a, f: pseudo_inverse(torch.ones(2, 2).long()), 'W is of type torch.int64'),
+    ranks=(lambda o, n, m, a, f: update_energy(torch.ones(2, 3), torch.ones(3, 3)), r'B has .* with rank 2'),
+    a_path_as_block=(lambda o, n, m, a, f: head_rows('zoo/old'), 'block is str .*Block belongs'),
+    tokens_of_a_name=(lambda o, n, m, a, f: shared_tokens('zoo/old', n), 'old is str .*Decoder belongs'),
     no_tensor=(lambda o, n, m, a, f: stream_maps([[1.]], torch.ones(1, 1)), 'E is list .*Tensor belongs'),
 )
 

@@ -222,14 +222,22 @@ ADAPTERS = dict(
     rank_text=(edit(SETTINGS, r='16'), "is '16', but its lora_A has 16 rows"),
     no_magnitudes=(edit(SETTINGS, use_dora=True), 'there is no lora_magnitude_vector for model.layers.0.mlp.down_proj'),
     pattern_a_number=(edit(SETTINGS, rank_pattern=3), 'rank_pattern=3 is no table of patterns'),
-    alpha_text=(edit(SETTINGS, lora_alpha='16'), f'{SETTINGS} is not readable'),
-    alpha_infinite=(edit(SETTINGS, lora_alpha=float('inf')), f'{SETTINGS} makes the update of'))
+    alpha_text=(edit(SETTINGS, lora_alpha='16'), "lora_alpha='16' is not a finite number"),
+    alpha_infinite=(edit(SETTINGS, lora_alpha=float('inf')), 'lora_alpha=inf is not a finite number'))
 ADAPTERS |= {f'slow_{field}': (edit(SETTINGS, **{field: SLOW}), f'at {field}') for field in (
     'target_modules', 'exclude_modules')}
 ADAPTERS |= {f'slow_{field}': (edit(SETTINGS, **{field: {SLOW: 8}}), f'at {field}') for field in (
     'rank_pattern', 'alpha_pattern')}
 ADAPTERS['slow_in_another_method'] = edit(SETTINGS, peft_type='LOHA', target_modules=SLOW), 'at target_modules'
 ADAPTERS['number_for_names'] = edit(SETTINGS, target_modules=5), 'target_modules=5 is no name and no list of names'
+OTHER_TYPES = (
+    ('use_rslora', 'maybe', 'true or false'), ('use_dora', 'false', 'true or false'), ('bias', True, 'one of none'),
+    ('modules_to_save', 'lm_head', 'a list of names'), ('layers_to_transform', '3', 'a number or a list of them'),
+    ('alpha_pattern', dict(q_proj='16'), 'a table of numbers'), ('lora_dropout', [0], 'a finite number'))
+ADAPTERS |= {f'{name}_of_another_type': (edit(SETTINGS, **{name: x}), f'{name}={x!r} is not {form}')
+             for name, x, form in OTHER_TYPES}
+ADAPTERS['unknown_kind'] = edit(SETTINGS, peft_type='LORAX'), "peft_type='LORAX' is no kind of adapter"
+ADAPTERS['layers_left_out'] = (edit(SETTINGS, layers_to_transform=[1]), 'leaves out model.layers.')
 ADAPTERS['thousands'] = (edit(SETTINGS, rank_pattern={f'layers.{n}.gate': 8 for n in range(90_000)}),
                          '90,000 patterns for 28 modules are more than any adapter needs')
 
@@ -388,7 +396,7 @@ def other(name, t):
             yield f'with {value}', t.flatten().index_fill(0, torch.tensor(0), value).view_as(t)
         return
     yield 'floats', t.float()
-    for value in (-2, 10**6, 2**60): yield f'with {value}', t.clone().index_fill(0, torch.tensor(0), value)
+    for value in (-2, 10**6, 2**60): yield f'with {value}', t.long().index_fill(0, torch.tensor(0), value)
     yield 'twice', t.clone().index_fill(0, torch.tensor([0, 1]), t.max().item())
 
 TENSORS = ['read', 'write', 'cka', 'ends.ids', 'ends.ids2', 'ends.scale', 'ends.head_gain', '0.partners.heads',
@@ -401,6 +409,17 @@ def test_tensors_of_an_alignment(maps, tmp_path, name):
         found = {k: x for k, x in maps[1].items() if k != name} | ({} if t is None else {name: t})
         write(tmp_path, maps[0], found)
         is_refused(tmp_path, field)
+
+@pytest.mark.parametrize('name', ['0.partners.heads', '0.maps.k', '3.maps.up_out', '3.maps.down_in'])
+def test_tensors_of_the_published_maps(tmp_path, name):
+    align('zoo/old', 'zoo/new', ['Ann keeps a cat.']*5, 'paper').save(tmp_path/'a')
+    head = json.loads((tmp_path/'a'/'alignment.json').read_text())
+    found = load_file(tmp_path/'a'/'alignment.safetensors')
+    del head['checksum']
+    (tmp_path/'b').mkdir()
+    for _, t in other(name, found[name]):
+        write(tmp_path/'b', head, {k: x for k, x in found.items() if k != name} | ({} if t is None else {name: t}))
+        is_refused(tmp_path/'b', '')
 
 def test_an_alignment_that_is_right_is_read(maps, tmp_path):
     write(tmp_path, *maps)

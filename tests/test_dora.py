@@ -5,8 +5,11 @@ import pytest, torch
 from models import error, random_decoder, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 from lorasuite import Adapter, align, transfer
+from lorasuite.cli import app
 from lorasuite.core.model import Decoder
+from lorasuite.core.ranks import relative_errors, truncate
 from lorasuite.lab.oracle import grow
 from lorasuite.stages.cka import probe_texts
 from lorasuite.stages.dora import dora_update, fit_dora, transfer_dora
@@ -180,3 +183,25 @@ def test_the_command_writes_a_plain_LoRA_where_it_is_asked_for_one(tmp_path):
     assert run(tmp_path/'dora', tmp_path/'maps', '-o', tmp_path/'b', *plain).exit_code == 0
     refused = run('zoo/adapter', tmp_path/'maps', '-o', tmp_path/'c', '--plain-rank', 3)
     assert refused.exit_code == 2 and 'is for a DoRA, which the adapter is not' in refused.stderr
+
+def test_the_error_of_a_cut_is_that_of_the_whole_update(tokenizer, tmp_path):
+    base = random_decoder(tokenizer, layers=1)
+    base.model.save_pretrained(tmp_path/'base')
+    base.tokenizer.save_pretrained(tmp_path/'base')
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=['q_proj'], use_dora=True, task_type='CAUSAL_LM', init_lora_weights=False)
+    model = get_peft_model(base.model, config)
+    for name, p in model.named_parameters():
+        if 'magnitude' in name: p.data *= 1 + .3*torch.rand_like(p)
+    adapter = replace(Adapter.from_peft(model), base=str(tmp_path/'base'))
+    model.unload()
+    (path, m), = adapter.magnitudes.items()
+    W = base.model.get_submodule(path).weight.detach()
+    whole = lambda a: dora_update(W, *a.updates[path], m)
+    cut = truncate(adapter, 1)
+    right = error(whole(cut), whole(adapter))
+    adapter.save(tmp_path/'dora')
+    args = ['convert', tmp_path/'dora', '-o', tmp_path/'out', '--max-rank', '1', '--dtype', 'float32', '--json']
+    said = CliRunner().invoke(app, [str(a) for a in args])
+    assert json.loads(said.stdout)['rank_error'] == pytest.approx(right, rel=1e-3)
+    assert abs(relative_errors(adapter, cut)[0] - right) > .01 # of B A alone

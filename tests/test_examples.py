@@ -326,6 +326,7 @@ def test_turns_that_are_none_are_named(turns, what, tmp_path):
     ('"text"', 'a.json', "example 1 has no text under 'instruction'"),
     ('{"question": "?", "reply": "!"}', 'a.json', 'it has question, reply. Name the columns, .*--columns'),
     ('', 'a.csv', 'not readable as a table'), ('PAR', 'a.parquet', 'not readable as Parquet'),
+    ('instruction\toutput\na\tb\n"c\td\n', 'a.tsv', 'at the beginning of a field in row 3 is never closed'),
     ('instruction,output\n', 'a.csv', 'holds no example'),
     ('instruction,output\n2+2, please,4\n', 'a.csv', 'the rows have more fields than the header'),
     ('instruction,output,source\nWhat is 2+2?,4,math,\n', 'a.csv', 'the rows have more fields than the header'),
@@ -333,6 +334,11 @@ def test_turns_that_are_none_are_named(turns, what, tmp_path):
     (b'instruction,output\n\xe9,b\n', 'a.csv', 'not readable as a table')], ids=str)
 def test_files_that_cannot_be_read_are_named(content, name, what, tmp_path):
     with pytest.raises(ValueError, match=f'{name}.*{what}'): load_data(write(tmp_path/name, content))
+
+def test_a_damaged_parquet_file_is_one_error(tmp_path, capfd):
+    with pytest.raises(ValueError, match='a.parquet is not readable as Parquet'):
+        load_data(write(tmp_path/'a.parquet', 'PAR1 and nothing else'))
+    assert capfd.readouterr().err == ''
 
 def test_names_that_are_no_file(tmp_path):
     os.mkfifo(tmp_path/'pipe')
@@ -509,3 +515,21 @@ def test_options_that_are_refused(options, what, tmp_path):
     result = run('finetune', 'zoo/new', '--data', data, '-o', tmp_path/'out', *options)
     assert result.exit_code == 2 and what in result.stderr, result.output
     assert not [p for p in tmp_path.iterdir() if 'out' in p.name]
+
+def test_directories_that_hold_no_data_set(tmp_path, monkeypatch):
+    (tmp_path/'a'/'b').mkdir(parents=True)
+    (tmp_path/'a'/'b'/'notes.md').write_text('no data')
+    with pytest.raises(ValueError, match='a holds no data file'): load_data(tmp_path/'a')
+    monkeypatch.setattr('lorasuite.training.examples._MOST_FILES', 3)
+    for n in range(4): (tmp_path/'a'/f'{n}.json').write_text('{}')
+    with pytest.raises(ValueError, match='a holds more than 3 files: give the data file'): load_data(tmp_path/'a')
+
+def test_a_model_that_computes_no_numbers_is_named():
+    damaged = load_model('zoo/old')
+    damaged.model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r'layers\.1\.mlp\.up_proj\.weight has values that are not finite'):
+        evaluate(damaged, load_data('zoo/test.jsonl')[:2])
+
+def test_an_empty_output_is_said():
+    result = CliRunner().invoke(app, ['convert', 'zoo/adapter', '-o', ''])
+    assert result.exit_code == 2 and 'out is empty, or the directory that you are in' in result.stderr

@@ -3,7 +3,7 @@ import copy, json
 from dataclasses import replace
 import pytest, torch
 from models import error, logits, only, random_adapter, random_decoder, tokens
-from peft import get_peft_model, IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig
+from peft import get_peft_model, IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 from lorasuite.cli import app
@@ -376,7 +376,8 @@ def test_recorded_runtimes():
 # ---- other methods of PEFT
 
 METHODS = dict(loha=LoHaConfig(r=2, target_modules=['q_proj', 'up_proj']),
-               ia3=IA3Config(target_modules=['k_proj', 'down_proj'], feedforward_modules=['down_proj']))
+               ia3=IA3Config(target_modules=['k_proj', 'down_proj'], feedforward_modules=['down_proj']),
+               vera=VeraConfig(r=8, target_modules=['q_proj', 'o_proj'])) # its rounding was said as "0.0% left out"
 
 PROMPTS = PromptTuningConfig(num_virtual_tokens=2, task_type='CAUSAL_LM')
 

@@ -316,14 +316,14 @@ def test_an_untrained_adapter_can_still_learn_after_it_was_carried(model, grown)
 
 def test_each_weight_is_read_once(monkeypatch):
     "Seven weights of four blocks of both models of the tiny pair: 56 reads"
-    read, dense = [], block_module.dense_weight
-    monkeypatch.setattr(block_module, 'dense_weight', lambda module: read.append(module) or dense(module))
+    read, stored = [], block_module._stored_matrix
+    monkeypatch.setattr(block_module, '_stored_matrix', lambda module: read.append(module) or stored(module))
     align('zoo/old', 'zoo/new', FEW)
     assert len(read) == len({*map(id, read)}) == 2*4*7
 
 def test_a_module_that_plays_several_roles_is_read_once(tokenizer, monkeypatch):
-    phi, read, dense = random_decoder(tokenizer, 'phi3'), [], block_module.dense_weight
-    monkeypatch.setattr(block_module, 'dense_weight', lambda module: read.append(module) or dense(module))
+    phi, read, stored = random_decoder(tokenizer, 'phi3'), [], block_module._stored_matrix
+    monkeypatch.setattr(block_module, '_stored_matrix', lambda module: read.append(module) or stored(module))
     block = read_block(phi, 0)
     assert len(block.roles) == 7 and len(read) == 4
 
@@ -339,9 +339,11 @@ def as_first_version(folder):
                       layers=len(layers), heads=block['heads'], kv_heads=block['kv_heads'],
                       head_size=sizes['q']//block['heads'])
     for added in ('unmatched', 'same_outside', 'checksum', 'format', 'lorasuite', 'feed_forward'): del head[added]
-    tensors = {}
+    tensors, repeats = {}, head.pop('repeats')
     for name, t in load_file(folder/'alignment.safetensors').items():
-        tensors[re.sub(r'^(\d+)\.(partners|maps|norms)\.', r'\1.', name)] = t
+        dtype = torch.float32 if t.is_floating_point() else torch.int64
+        whole = (t.expand(repeats[name], *t.shape[1:]) if name in repeats else t).to(dtype)
+        tensors[re.sub(r'^(\d+)\.(partners|maps|norms)\.', r'\1.', name)] = whole.contiguous()
     save_file(tensors, folder/'alignment.safetensors')
     head['checksum'] = _checksum(head, (folder/'alignment.safetensors').read_bytes())
     (folder/'alignment.json').write_text(json.dumps(head))

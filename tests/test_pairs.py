@@ -1,5 +1,6 @@
 """The right pair and the same run: what a command refuses, warns of, or resumes, told by hashes and not by shapes"""
 import hashlib, json, os, shutil
+from dataclasses import replace
 import pytest, torch
 import yaml
 from models import error
@@ -7,6 +8,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.files import data_dir
+from lorasuite.core.loading import load_model, same_weights, weight_hashes
+from lorasuite.stages.alignment import align, Alignment
+from lorasuite.stages.pairing import base_doubt, pair_fault
 from lorasuite.training.trainer import LightTrainer
 from lorasuite.cli import app
 
@@ -47,6 +51,26 @@ def test_an_alignment_of_another_pair_is_refused(work, tmp_path, alignment, mess
     result = run('transfer', 'zoo/adapter', work/alignment, '-o', tmp_path/'out')
     assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
     assert '--force' in result.stderr and not any(tmp_path.iterdir())
+
+def saved_again(folder, kind):
+    "The shipped old model in other files"
+    shutil.copytree(ZOO/'old', folder)
+    if kind == 'pickle': return as_pickle(folder)
+    (folder/'model.safetensors').unlink()
+    load_model('zoo/old', dtype=torch.float16).model.save_pretrained(folder, max_shard_size='100KB')
+
+@pytest.mark.parametrize('kind', ['shards', 'pickle'])
+def test_the_same_weights_saved_again_are_the_same_model(work, tmp_path, kind):
+    saved_again(tmp_path/'again', kind)
+    adapter = Adapter.load('zoo/adapter')
+    assert base_doubt(adapter, tmp_path/'again') is None
+    assert 'WRONG BASE' in base_doubt(adapter, work/'sibling') and 'again' not in base_doubt(adapter, work/'sibling')
+    assert same_weights('zoo/old', str(tmp_path/'again')) and same_weights('zoo/old', str(work/'sibling')) is False
+    maps = Alignment.load(work/'other')
+    maps.old = replace(maps.old, name=str(tmp_path/'again'), sha256=weight_hashes(str(tmp_path/'again')))
+    assert pair_fault(adapter, maps) is None
+    maps.old.sha256['model.safetensors'] = '0'*64
+    assert pair_fault(adapter, maps).startswith(f'the weight files of {tmp_path/"again"} have changed')
 
 def as_pickle(folder):
     "Keep the weights as older models have them"
@@ -105,7 +129,7 @@ def test_a_stale_alignment_is_refused_unless_forced(work, tmp_path):
     result = run(*transfer, tmp_path/'out')
     assert result.exit_code == 2 and f'{tmp_path/"new"} have changed since' in result.stderr
     forced = run(*transfer, tmp_path/'out', '--force')
-    assert forced.exit_code == 0 and 'warning: the weights of' in forced.stderr
+    assert forced.exit_code == 0 and 'warning: the weight files of' in forced.stderr
     worn = run('evaluate', tmp_path/'new', '--adapter', tmp_path/'fresh', '--data', work/'data.jsonl')
     assert worn.exit_code == 0 and 'WRONG BASE?' in worn.stderr # its card knows the hash of the base
 
@@ -117,7 +141,7 @@ def test_an_adapter_on_another_base_is_warned_of(work, tmp_path, args):
     words = dict(DATA=work/'data.jsonl', TEXTS=work/'texts', OUT=tmp_path/'out')
     for base, doubted in ((work/'sibling', True), ('zoo/old', False)):
         result = run(*[(words | dict(BASE=base)).get(word, word) for word in args.split()])
-        assert ('WRONG BASE? the weight files of' in result.output) == doubted, result.output
+        assert ('warning: WRONG BASE? the weight files of' in result.output) == doubted, result.output
         shutil.rmtree(tmp_path/'out', ignore_errors=True)
 
 def test_every_command_names_what_it_skips(work, tmp_path):
@@ -128,6 +152,32 @@ def test_every_command_names_what_it_skips(work, tmp_path):
         result = run(*command)
         assert result.exit_code == 0 and 'score.weight' in result.stdout, (command, result.output)
     assert '`score.weight`' in (tmp_path/'a'/'README.md').read_text()
+
+def fetched(cache, name, folder, commit, branch):
+    "Put a folder into a cache as the Hub's library keeps what it fetched"
+    home = cache/f'models--{name.replace("/", "--")}'
+    (home/'refs').mkdir(parents=True, exist_ok=True)
+    (home/'refs'/branch).write_text(commit)
+    shutil.copytree(folder, home/'snapshots'/commit)
+
+def test_models_and_revisions_of_the_hub(work, tmp_path, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'hub'))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    places = (('org/old', ZOO/'old', 'a', 'v1'), ('org/old', work/'sibling', 'b', 'main'),
+              ('org/new', ZOO/'new', 'c', 'main'))
+    for name, folder, letter, branch in places: fetched(tmp_path/'hub', name, folder, letter*40, branch)
+    shutil.copytree(ZOO/'adapter', tmp_path/'adapter')
+    file = tmp_path/'adapter'/'adapter_config.json'
+    settings = json.loads(file.read_text()) | dict(base_model_name_or_path='org/old')
+    for revision, doubt in (('v1', 'are not those of org/old (revision v1)'), ('main', None),
+                            ('v2', 'trained on the revision v2 of org/old'), (None, None)):
+        file.write_text(json.dumps(settings | dict(revision=revision)))
+        said = base_doubt(Adapter.load(tmp_path/'adapter'), 'org/old')
+        assert (said is None) if doubt is None else doubt in said
+    assert 'WRONG BASE? the weight files of org/new' in base_doubt(Adapter.load(tmp_path/'adapter'), 'org/new')
+    alignment = align('org/old', 'org/new', ['Ann keeps a cat.']*5)
+    assert (alignment.old.revision, alignment.new.revision) == ('b'*40, 'c'*40)
+    assert alignment.old.sha256 == weight_hashes(str(work/'sibling'))
 
 @pytest.mark.parametrize('args', [['evaluate', 'zoo/adapter', '--data', 'DATA'], ['align', 'zoo/adapter', 'zoo/new'],
                                   ['inspect', 'zoo/adapter', 'zoo/new'], ['finetune', 'zoo/adapter', '--data', 'DATA']])

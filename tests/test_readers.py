@@ -1,11 +1,12 @@
 """Adapters as other programs leave them: under other names, in other places, with whole weights, or contradictory"""
 import copy, json, shutil, warnings
+from collections import Counter
 import pytest, torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner
-from models import effect_error, error, logits, random_decoder, tokens
+from models import effect_error, error, logits, only, random_adapter, random_decoder, tokens
 from test_laws import enlarge
 from lorasuite.cli import app
 from lorasuite.core.adapter import Adapter
@@ -17,7 +18,7 @@ from lorasuite.core.model import model_info
 from lorasuite.stages.alignment import align
 from lorasuite.stages.transfer import transfer
 from lorasuite.stages.whole_weights import weights_to_updates
-from lorasuite.training.finetune import finetune
+from lorasuite.training.finetune import finetune, init_adapter
 
 FILE, ZOO = 'adapter_model.safetensors', data_dir()/'zoo'
 FEW = ['Who lives in the old mill by the river?']*8
@@ -75,6 +76,13 @@ def test_names_of_other_programs(folder, name):
     with pytest.warns(UserWarning, match='the names of its tensors are read with') as caught:
         check_same(Adapter.load(folder))
     assert len(caught) == 1 and '\n' not in str(caught[0].message)
+
+def test_the_wrapper_of_whole_modules_is_said(folder):
+    tensors = load_file(folder/FILE)
+    tensors[f'{PREFIX}lm_head.modules_to_save.weight'] = torch.ones(512, 64)
+    save_file(tensors, folder/FILE)
+    with pytest.warns(UserWarning, match='read without `.modules_to_save`'): found = Adapter.load(folder)
+    assert [*found.weights] == ['lm_head.weight']
 
 def test_plain_names_are_read_without_a_word(folder):
     with warnings.catch_warnings():
@@ -393,6 +401,21 @@ def test_whole_matrices_are_carried_as_updates(tokenizer, tmp_path, rank):
     if rank == 64: assert left <= 1e-3 and not carried.skipped
     else: assert .1 < left < 1 and 'the rest is carried in rank 8' in carried.card
 
+def test_nemo_is_named(folder, tmp_path):
+    rename(folder, lambda key: [key.replace('q_proj.lora_A', 'linear_qkv.adapter.linear_in')])
+    with pytest.raises(ValueError, match=r'linear_qkv\.adapter\.linear_in\.weight is a name of NeMo or Megatron'):
+        Adapter.load(folder)
+    (tmp_path/'nemo'/'weights').mkdir(parents=True)
+    (tmp_path/'nemo'/'weights'/'__0_0.distcp').write_bytes(b'')
+    with pytest.raises(FileNotFoundError, match='a checkpoint of NeMo or Megatron. Export the adapter as PEFT first'):
+        Adapter.load(tmp_path/'nemo')
+
+def test_the_converted_adapter_of_llama_factory_is_named(folder):
+    settings(folder, init_lora_weights='pissa_niter_16') # LLaMA-Factory 0.9.5 with pissa_convert
+    (folder/'pissa_converted').mkdir()
+    with pytest.raises(ValueError, match='changes the base weights.*give .*/pissa_converted, which is the same'):
+        Adapter.load(folder)
+
 @pytest.mark.parametrize('family', ['gpt_neox', 'bloom', 'falcon'])
 def test_separate_projections_join_where_rows_alternate_by_head(tokenizer, family):
     base = random_decoder(tokenizer, family, layers=1)
@@ -408,6 +431,52 @@ def test_separate_projections_join_where_rows_alternate_by_head(tokenizer, famil
     assert path.endswith('query_key_value') and error(found, logits(merged, tokens())) <= 1e-5
     heads = numbers['q'] != [*range(len(numbers['q']))]
     assert heads == (family != 'falcon') # of which a new decoder has groups
+
+PHI_NAMES = dict(
+    transformer='model', gpt_neox='model', h='layers', word_embeddings='embed_tokens', embed_in='embed_tokens',
+    ln_f='final_layernorm', final_layer_norm='final_layernorm', ln_attn='input_layernorm', self_attention='self_attn',
+    attention='self_attn', dense_h_to_4h='fc1', dense_4h_to_h='fc2')
+FUSED_MODELS = dict( # groups of heads, query heads in each, share of a head that is rotated, settings
+    gpt_neox=(4, 1, .5, dict(rotary_pct=.5, hidden_act='gelu')),
+    falcon=(2, 2, 1., dict(new_decoder_architecture=True, num_kv_heads=2, bias=True, ffn_hidden_size=96)))
+
+def twins(tokenizer, family):
+    "A model with query_key_value, and a Phi that computes the same by separate projections"
+    groups, queries, rotated, config = FUSED_MODELS[family]
+    fused = random_decoder(tokenizer, family, layers=2, **config)
+    config = dict(layers=2, kv_heads=groups, hidden_act='gelu', partial_rotary_factor=rotated)
+    apart = random_decoder(tokenizer, 'phi', **config)
+    state, norms = apart.model.state_dict(), dict(post_attention_layernorm='input_layernorm', ln_mlp='ln_attn')
+    state['lm_head.bias'].zero_()
+    for name, W in fused.model.state_dict().items():
+        for second, first in norms.items():
+            if second in name: W.copy_(fused.model.state_dict()[name.replace(second, first)])
+        path = '.'.join(PHI_NAMES.get(part, part) for part in name.split('.'))
+        if 'query_key_value' in path:
+            for role, part in zip('qkv', W.unflatten(0, (groups, queries + 2, 16)).split([queries, 1, 1], 1)):
+                state[path.replace('query_key_value', f'{role}_proj')].copy_(part.flatten(0, 2))
+        elif path in state: state[path].copy_(W)
+    assert error(logits(apart, tokens()), logits(fused, tokens())) <= 1e-6
+    return fused, apart
+
+@pytest.mark.parametrize('family', FUSED_MODELS)
+def test_query_key_value_is_carried_to_separate_projections_and_back(tokenizer, family):
+    fused, apart = twins(tokenizer, family)
+    adapter = only(random_adapter(init_adapter(fused, 2)), 'query_key_value')
+    carried = transfer(adapter, align(fused, apart, FEW))
+    leaves = Counter(path.rpartition('.')[2] for path in carried.updates)
+    assert leaves == dict(q_proj=2, k_proj=2, v_proj=2) and not carried.skipped
+    assert effect_error(fused, adapter, apart, carried) <= 1e-4
+    separate = random_adapter(init_adapter(apart, 2))
+    back = transfer(separate, align(apart, fused, FEW))
+    assert not back.skipped and effect_error(apart, separate, fused, back) <= 1e-4
+
+def test_query_key_value_for_separate_projections_is_refused_with_the_remedy(tokenizer):
+    base = random_decoder(tokenizer, layers=1)
+    adapter = Adapter({'model.layers.0.self_attn.query_key_value': (torch.ones(1, 64), torch.ones(128, 1))})
+    with pytest.raises(ValueError, match='give that model as OLD, and this one as NEW'): logits(base, tokens(), adapter)
+    with pytest.raises(ValueError, match='give that model as OLD, and this one as NEW'):
+        transfer(adapter, align(base, base, FEW))
 
 @pytest.mark.filterwarnings('ignore')
 def test_whole_matrices_that_are_stored_transposed(tokenizer, tmp_path):

@@ -344,6 +344,13 @@ def test_two_orders_of_the_experts_columns(tokenizer, tmp_path):
     tensors = load_file(tmp_path/'a'/FILE)
     save_file({k: grouped(t) if 'lora_B' in k else t for k, t in tensors.items()}, tmp_path/'a'/FILE)
     check_same(Adapter.load(settings(tmp_path/'a', lora_B_layout='grouped_by_expert')), right)
+    for layout in ('grouped_by_expert', 'mixed'):
+        own = dict(parameters={name.rpartition('.')[2]: dict(lora_B_layout=layout) for name in EXPERTS})
+        changed = settings(tmp_path/'a', lora_B_layout=None, unsloth_fused_expert_lora=own)
+        if layout == 'mixed':
+            with refused('lora_B_layout'): Adapter.load(changed)
+        else: check_same(Adapter.load(changed), right)
+    settings(tmp_path/'a', unsloth_fused_expert_lora=None)
     (tmp_path/'a'/'README.md').write_text('Made with Unsloth')
     with warned('do not tell the order.*"lora_B_layout": "grouped_by_expert"'):
         Adapter.load(settings(tmp_path/'a', lora_B_layout=None))

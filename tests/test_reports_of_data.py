@@ -92,9 +92,14 @@ def test_a_template_without_system_texts(tokenizer):
         text = renderer.text(dict(messages=[dict(role='system', content='Be short.')] + CHAT[:1]))
     assert text == '<user>Be short.\n\nWho?<turn_end>\n<assistant>'
 
-def test_a_template_that_writes_the_date(tokenizer, monkeypatch):
+DATES = ("{{ strftime_now('%d %b %Y') }} ",
+         "{% set form = '%d %b %Y' %}{% if strftime_now is defined %}{{ strftime_now(form) }}{% endif %} ",
+         "{% macro today(form) %}{{ strftime_now(form) }}{% endmacro %}{{ today('%d %b %Y') }} ")
+
+@pytest.mark.parametrize('date', DATES)
+def test_a_template_that_writes_the_date(tokenizer, monkeypatch, date):
     "sgl-project/sglang#3296, unslothai/unsloth#881"
-    made = chat(tokenizer, "{{ strftime_now('%d %b %Y') }} " + TEMPLATE)
+    made = chat(tokenizer, date + TEMPLATE)
     class Clock:
         day = 1
         @classmethod

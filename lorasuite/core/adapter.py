@@ -28,9 +28,9 @@ from .dry_run import in_features, out_features
 from .experts import expert_stacks, file_path, split_expert, Stored, stored_parameters
 from .experts import translate_experts, weight_names, WeightNames
 from .files import atomic_directory, scratch_directory, writing
-from .fused import match_fusion, match_with_biases
+from .fused import fused_remedy, match_fusion, match_with_biases
 from .model import Decoder, model_info, ModelInfo
-from .settings import check_rows, checked
+from .settings import checked
 
 # %% ../../nbs/course/02_adapter.ipynb #a4bf7f80
 def format_names() -> list[str]: # `peft` and what else there is
@@ -70,6 +70,7 @@ def detect_format(
     return next((f for f, m in modules.items() if hasattr(m, 'recognises') and m.recognises(files)), 'peft')
 
 # %% ../../nbs/course/02_adapter.ipynb #energyfn
+@checked(A='rank in', B='out rank')
 def update_energy(
     A:Tensor, # (rank, in)
     B:Tensor, # (out, rank)
@@ -118,6 +119,7 @@ class Adapter:
     modules:dict[str, tuple[int, int]|None]=field(default_factory=dict) # where known, of the base: (out, in) if linear
     biases:dict[str, Tensor]=field(default_factory=dict) # path: (out,) what `lora_bias` adds to the output of a module
     tokenizer:Callable[[], PreTrainedTokenizerBase]|None=None # reads that beside an adapter of embeddings
+    added_tokens:Callable[[], dict[str, int]]|None=None # reads those of the tokenizer beside any adapter: token: id
 
     @checked()
     def delta(self, path:str) -> Tensor: # (out, in)
@@ -445,7 +447,7 @@ def check_fit(
     for path, (A, B) in (adapter.updates | adapter.embeddings).items():
         if path not in shapes:
             raise ValueError(f'the adapter updates {path}, which {decoder.name} does not have '
-                             f'({decoder.layers} layers), or not as a linear map: was it trained on another model?')
+                             f'({decoder.layers} layers), or not as a linear map: {fused_remedy(path)}')
         if (B.shape[0], A.shape[1]) != shapes[path]:
             wanted = '×'.join(map(str, shapes[path]))
             raise ValueError(f'the update of {path} is {B.shape[0]}×{A.shape[1]}, the weight of {decoder.name} is '
@@ -529,7 +531,6 @@ def balance(
     B:Tensor, # (out, rank)
 ) -> tuple[Tensor, Tensor]: # the same product in float64, factors of equal norm; rank at most in or out
     "Share the size of `B A` equally between its factors, by two QRs and a rank×rank SVD"
-    check_rows(A=A, B=B.T)
     A, B = A.double(), B.double()
     limit = min(B.shape[0], A.shape[1])
     if not B.any(): return A[:limit], B[:, :limit]

@@ -8,7 +8,6 @@ __all__ = ['dense_weight', 'Block', 'read_block']
 # %% ../../nbs/reference/block.ipynb #3bea88e6
 from dataclasses import dataclass, field
 import torch
-from accelerate.utils import align_module_device
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn, Tensor
 from .architecture import BlockArchitecture
@@ -16,16 +15,26 @@ from .dry_run import out_features
 from .experts import expert_stacks, split_expert
 from .model import Decoder, Norm, read_norm
 from .settings import checked
+from .streaming import stored_weight
 
 # %% ../../nbs/reference/block.ipynb #a4e14421
+def _stored_matrix(
+    module:nn.Module, # a linear map, quantised or not, on any device
+) -> Tensor: # (out, in) in its own type, on the CPU
+    "The weight of a linear map; GPT-2's maps store it transposed"
+    with torch.no_grad():
+        W = dequantize_module_weight(module) if out_features(module) else module.weight
+        if W.device.type == 'meta': W = stored_weight(module)
+    W = W.detach().cpu()
+    return W.T if hasattr(module, 'nf') else W
+
+
+# %% ../../nbs/reference/block.ipynb #densefn
 def dense_weight(
     module:nn.Module, # a linear map, quantised or not, on any device
 ) -> Tensor: # (out, in) in float64, on the CPU
-    "The weight of a linear map; GPT-2's maps store it transposed"
-    with align_module_device(module), torch.no_grad():
-        W = module.weight if not out_features(module) else dequantize_module_weight(module)
-        W = W.detach().cpu().double()
-    return W.T if hasattr(module, 'nf') else W
+    "The weight of a linear map in 64 bits"
+    return _stored_matrix(module).double()
 
 # %% ../../nbs/reference/block.ipynb #expertfn
 def _read_stacks(
@@ -36,7 +45,7 @@ def _read_stacks(
     for path, stack in expert_stacks(block).items():
         owner, _, name = path.rpartition('.')
         module = block.get_submodule(owner)
-        with align_module_device(module): W = getattr(module, name).detach().cpu()
+        W = stored_weight(module, name).cpu()
         found[path] = W.mT if stack.transposed else W
     return found
 
@@ -57,12 +66,13 @@ class Block:
     "The weights of one transformer block and the norms around them, each read once"
     path:str                    # dotted path in the model
     found:BlockArchitecture     # which module plays which role
-    weights:dict[str, Tensor]   # role: (out, in) in float64, as stored; readers' rows in the order of heads or neurons
+    weights:dict[str, Tensor]   # role: (out, in) as stored; readers' rows in the order of heads or neurons
     before:dict[str, Norm]      # role: the norm in front of it, gain and offset of the size of what it reads
     behind:dict[str, Tensor]    # role: (out,) gain of the norm behind it
     hidden:int                  # size of the residual stream
     norm_kind:str               # how readers see the stream: `rms`, `layer` or `none`
     stacks:dict[str, Tensor] = field(default_factory=dict) # parameter: (experts, out, in) as stored
+    dtype:torch.dtype=torch.float64 # in which weights are given
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -71,27 +81,32 @@ class Block:
 
     def stored(self, role:str) -> Tensor:
         "(out, in) the weight of `role` as it is stored"
-        if role in self.weights: return self.weights[role]
+        if role in self.weights: return self.weights[role].to(self.dtype)
         path, expert = split_expert(self.found.modules[role])
         W = self.stacks[path][expert]
-        return (W[self.found.rows[role].flatten()] if role in self.found.rows else W).double()
+        return (W[self.found.rows[role].flatten()] if role in self.found.rows else W).to(self.dtype)
 
     def weight(self, role:str, fold:bool=True) -> Tensor:
         "(out, in) the weight of `role`; `fold` multiplies the gains around it into it"
         W = self.stored(role)
         if not fold: return W
         if role in self.before:
-            W = W*self.before[role].gain
+            W = W*self.before[role].gain.to(W)
             centred = self.norm_kind == 'layer' and self.found.spaces[role][0] == 'stream'
             if centred: W = W - W.mean(1, keepdim=True)
-        return W*self.behind[role][:, None]
+        return W*self.behind[role][:, None].to(W)
 
-    def by_head(self, role:str, fold:bool=True) -> Tensor:
-        "(heads, n, hidden) the rows of q, k, v or g, or the columns of o, that belong to each query head"
+    def by_head(self,
+        role:str,               # q, k, v, g or o
+        fold:bool=True,         # multiply the gains around it into it?
+        seen:Tensor|None=None,  # (hidden, hidden') a map of the stream to see it through
+    ) -> Tensor: # (heads, n, hidden) or (heads, n, hidden')
+        "The rows of q, k, v or g, or the columns of o, that belong to each query head"
         W, spaces = self.weight(role, fold), self.found.spaces[role]
         if spaces[1] == 'stream': W = W.T
+        if seen is not None: W = W@seen
         heads = self.found.kv_heads if 'kv_heads' in spaces else self.found.heads
-        return W.reshape(heads, -1, self.hidden).repeat_interleave(self.found.heads//heads, 0)
+        return W.reshape(heads, -1, W.shape[1]).repeat_interleave(self.found.heads//heads, 0)
 
 # %% ../../nbs/reference/block.ipynb #a19cd591
 def _read_weights(
@@ -101,7 +116,7 @@ def _read_weights(
     "The weights of a block by role, without those of routed experts"
     found, block = decoder.architectures[layer], decoder.blocks[layer]
     plain = {role: name for role, name in found.modules.items() if split_expert(name)[1] is None}
-    modules = {name: dense_weight(block.get_submodule(name)) for name in dict.fromkeys(plain.values())}
+    modules = {name: _stored_matrix(block.get_submodule(name)) for name in dict.fromkeys(plain.values())}
     rows = lambda role: found.rows[role].flatten() if role in found.rows else slice(None)
     return {role: modules[plain[role]][rows(role)] for role in found.roles if role in plain}
 
@@ -139,6 +154,7 @@ def _read_before(
 def read_block(
     decoder:Decoder,    # a model, with its weights in memory or in their files
     layer:int,          # one of its layers
+    dtype:torch.dtype=torch.float64, # in which its weights are given
 ) -> Block:
     "Read one block of a model: every module of it once; raises `ValueError` for a layer that it does not have"
     if not 0 <= layer < decoder.layers:
@@ -153,4 +169,4 @@ def read_block(
         if expert is None and role in found.rows: outputs = out_features(block.get_submodule(path)) or outputs
         behind[role] = _gain_behind(norm.gain, found.rows.get(role), outputs)
     return Block(f'{decoder.stack}.{layer}', found, weights, _read_before(decoder, layer), behind, decoder.hidden,
-                 decoder.norm_kind, stacks)
+                 decoder.norm_kind, stacks, dtype)

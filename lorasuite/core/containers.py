@@ -28,6 +28,8 @@ def adapter_folders(
     return {str(folder.relative_to(root)): folder for folder in found}
 
 # %% ../../nbs/reference/containers.ipynb #f1443e5b
+_MEGATRON = ('*.nemo', '*.distcp', '*/*.distcp', 'weights/adapter_metadata.json', 'latest_checkpointed_iteration.txt')
+
 def _no_adapter(
     name:str|os.PathLike, # as it was given
     root:Path,            # its directory
@@ -36,6 +38,10 @@ def _no_adapter(
     if (root/'config.json').is_file():
         return FileNotFoundError(f'{name} has no {SETTINGS}: it is a whole model, not an adapter. Give the adapter '
                                  'before it was merged, or extract a LoRA from the difference to its base')
+    if any(next(root.glob(pattern), None) for pattern in _MEGATRON):
+        return FileNotFoundError(f'{name} has no {SETTINGS}: it is a checkpoint of NeMo or Megatron. Export the '
+                                 'adapter as PEFT first, by export_adapter_ckpt of Megatron Bridge or export_lora '
+                                 'of NeMo 2')
     gguf = next(root.glob('*.gguf'), None)
     if gguf: return FileNotFoundError(f'{name} has no {SETTINGS}: give {gguf} itself to have a GGUF file read')
     return FileNotFoundError(f'{name} has no {SETTINGS}: give the directory of a PEFT adapter')

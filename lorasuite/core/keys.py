@@ -99,6 +99,7 @@ def plain_keys(
     for key in [key for key in keys if _adapter_of(key) in ('', name)]:
         found, parts = _without_wrappers(key)
         plain[key] = _without_adapter(found)
+        if '.modules_to_save.' in found: parts = parts + ['without `.modules_to_save`']
         said.update(parts + [f'without the adapter name `.{name}`']*(_adapter_of(key) != ''))
     _check_distinct(plain, file)
     return plain, [*said]

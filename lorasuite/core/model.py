@@ -8,13 +8,12 @@ __all__ = ['Norm', 'read_norm', 'dequantize_on_cpu', 'pick_device', 'pick_dtype'
 
 # %% ../../nbs/reference/model.ipynb #d33a8060
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 from unittest.mock import patch
 import torch
-from accelerate.utils import align_module_device
 from torch import nn, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationMethod
@@ -23,6 +22,7 @@ from .architecture import text_decoder
 from .dry_run import in_features, normalises, out_features, parameter_modules
 from .experts import expert_stacks, ExpertStack, split_expert, Stored, stored_parameters, WeightNames
 from .settings import checked
+from .streaming import exact_dtype, holding, stored_weight
 
 # %% ../../nbs/reference/model.ipynb #237220ab
 class Norm(NamedTuple):
@@ -48,8 +48,9 @@ def read_norm(
     width:int|None=None,    # of what it normalises, for a norm that has no parameters
 ) -> Norm:
     "Read what a norm does off two vectors that it is given: a constant one, and one of alternating sign"
-    with align_module_device(norm), torch.no_grad():
-        used = {n: (torch.ones(p.shape) if ones else p.cpu()).double() for n, p in norm.named_parameters()}
+    with torch.no_grad():
+        stored = {n: torch.ones(p.shape) if ones else stored_weight(norm, n) for n, p in norm.named_parameters()}
+        used = {n: p.cpu().double() for n, p in stored.items()}
         params = {n: nn.Parameter(p) for n, p in used.items()}
         signs = torch.ones(len(next(iter(used.values()))) if used else width, dtype=torch.float64)
         signs[1::2] = -1
@@ -130,20 +131,19 @@ def _inputs_of_first_block(
     decoder, # a `Decoder`
     ids:Tensor, # (n,) tokens
 ) -> Tensor: # (n, hidden)
-    "What enters the first block for each token alone, in float64"
+    "What enters the first block for each token alone"
     kept = []
     class Done(Exception): "The embeddings have run"
     def keep(module, args, kwargs):
         x = args[0] if args else kwargs['hidden_states']
-        kept.append(x[:, 0].cpu().double())
+        kept.append(x[:, 0].cpu())
         raise Done
     hook = decoder.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        for some in ids.split(4096):
-            try: decoder.read(some[:, None].to(decoder.device))
-            except Done: pass
+    try: decoder.read(ids[:, None].to(decoder.device))
+    except Done: pass
     finally: hook.remove()
     return torch.cat(kept)
+
 
 # %% ../../nbs/reference/model.ipynb #addsfn
 def _added_by(
@@ -304,9 +304,14 @@ class Decoder:
                 return read_norm(block.get_submodule(norm), ones=True, width=self.hidden).kind
         return 'none'
 
+    def stream_blocks(self, ids:Tensor) -> Iterator[Tensor]:
+        "(≤ 4096, hidden) what enters the first block for each token alone, block by block; wide streams in float32"
+        with holding(self.model.get_input_embeddings()):
+            for some in ids.split(4096): yield _inputs_of_first_block(self, some).to(exact_dtype(self.hidden))
+
     def stream(self, ids:Tensor) -> Tensor:
         "(n, hidden) what enters the first block for each token alone, in float64"
-        return _inputs_of_first_block(self, ids)
+        return torch.cat([*self.stream_blocks(ids)]).double()
 
     @property
     def embeddings(self) -> Tensor:

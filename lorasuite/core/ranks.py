@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'EMPTY_CARD', 'pad_rank', 'largest_rank', 'strip_zeros', 'fit_rank', 'strip_adapter', 'named_strictly',
-           'relative_errors', 'truncate', 'round_to', 'base_dtype', 'shrink']
+           'relative_errors', 'truncate', 'round_to', 'base_dtype', 'shrink', 'check_writing']
 
 # %% ../../nbs/reference/ranks.ipynb #rk000005
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoConfig
-from .adapter import Adapter, balance, update_energy
+from .adapter import Adapter, balance, find_format, update_energy
 from .files import resolve
 from .model import ModelInfo
 from .names import code_span
@@ -108,12 +109,28 @@ def _lost_energy(
     (A, B), (A2, B2) = ([t.double() for t in pair] for pair in (before, after))
     return update_energy(torch.cat([A, A2]), torch.cat([B, -B2], 1))
 
+# %% ../../nbs/reference/ranks.ipynb #rkdense2
+def _dense_errors(
+    before:Adapter, # any adapter
+    after:Adapter,  # with updates of the same modules
+    dense:Callable[[Adapter, str], Tensor], # the whole update of a module
+) -> tuple[float, dict[str, float]]: # ‖ΔW − ΔW'‖/‖ΔW‖ of all modules together, and of each
+    "How far the whole updates of an adapter are from those of another one"
+    lost, sizes = {}, {}
+    for path in before.updates:
+        delta = dense(before, path).double()
+        lost[path], sizes[path] = (dense(after, path).double() - delta).norm()**2, delta.norm()**2
+    each = {path: (lost[path]/sizes[path]).sqrt().item() for path in lost if sizes[path]}
+    return float((sum(lost.values())/(sum(sizes.values()) or 1))**.5), each
+
 # %% ../../nbs/reference/ranks.ipynb #rk00000i
 def relative_errors(
     before:Adapter, # any adapter
     after:Adapter,  # with updates of the same modules
+    dense:Callable[[Adapter, str], Tensor]|None=None, # the whole update of a module, where it is more than B A
 ) -> tuple[float, dict[str, float]]: # ‖ΔW − ΔW'‖/‖ΔW‖ of all modules together, and of each
     "How far an adapter is from another one"
+    if dense: return _dense_errors(before, after, dense)
     pairs = [adapter.updates | adapter.embeddings for adapter in (before, after)]
     lost = {path: _lost_energy(pair, pairs[1][path]) for path, pair in pairs[0].items()}
     sizes = {path: update_energy(*pair) for path, pair in pairs[0].items()}
@@ -181,6 +198,7 @@ def shrink(
     adapter:Adapter,                # any adapter
     rank:int|None=None,             # of each update at most; as they are by default
     dtype:torch.dtype|None=None,    # of the factors; as they are by default
+    dense:Callable[[Adapter, str], Tensor]|None=None, # the whole update of a module of a DoRA, to tell its errors
 ) -> tuple[Adapter, dict[str, float]]: # the smaller adapter, its card with the errors; `rank_error` and `dtype_error`
     "Cut the ranks and round the numbers of an adapter; raises what `truncate` and `round_to` raise"
     steps, errors = {}, {}
@@ -188,6 +206,19 @@ def shrink(
     if dtype is not None: steps['dtype_error'] = f'rounded to {str(dtype)[6:]}', lambda a: round_to(a, dtype)
     for name, (what, step) in steps.items():
         before, adapter = adapter, step(adapter)
-        errors[name], each = relative_errors(before, adapter)
+        errors[name], each = relative_errors(before, adapter, dense)
         if errors[name]: adapter.card = (adapter.card or EMPTY_CARD) + _error_line(what, errors[name], each)
     return adapter, errors
+
+# %% ../../nbs/reference/ranks.ipynb #rkcheckfn
+def check_writing(
+    base:str,       # model that the adapter is for
+    format:str,     # of the files
+    dtype:str,      # of the numbers, as `DTYPES` names it, or `base`
+    compact:bool,   # each module in its own rank?
+):
+    "Raise `ValueError` for a format or type that there is not, or a model whose adapters the format cannot hold"
+    module = find_format(format)
+    if dtype not in ('base', *DTYPES): raise ValueError(f'--dtype {dtype}: choose one of base, {", ".join(DTYPES)}')
+    if compact and format != 'peft': raise ValueError(f'--compact: files of the format {format} have one rank')
+    if hasattr(module, 'check_base'): module.check_base(base)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from .model import Decoder
+from .settings import checked
 
 # %% ../../nbs/course/04_tokens.ipynb #e971b0b5
 _BYTE_OF = {c: b for b, c in bytes_to_unicode().items()} # character of the byte-level alphabet: its byte
@@ -27,6 +28,7 @@ def _spelled_bytes(
     return token.replace('▁', ' ').encode()
 
 # %% ../../nbs/course/04_tokens.ipynb #9187ddc9
+@checked()
 def id_to_bytes(
     tokenizer:PreTrainedTokenizerBase, # a fast tokenizer
 ) -> dict[int, bytes]: # id of a token: bytes that it stands for
@@ -37,6 +39,7 @@ def id_to_bytes(
     return {i: t.encode() if t in plain else _spelled_bytes(t, byte_level) for t, i in vocab.items()}
 
 # %% ../../nbs/course/04_tokens.ipynb #a850e82b
+@checked()
 def bytes_to_id(
     tokenizer:PreTrainedTokenizerBase, # a fast tokenizer
 ) -> dict[bytes, int]: # bytes that a token stands for: its id
@@ -47,6 +50,7 @@ def bytes_to_id(
     return {spelled[vocab[token]]: vocab[token] for token in worst_first}
 
 # %% ../../nbs/course/04_tokens.ipynb #51c601e4
+@checked()
 def shared_tokens(
     old:Decoder, # with its tokenizer
     new:Decoder, # with its tokenizer
@@ -58,6 +62,7 @@ def shared_tokens(
     return torch.tensor([a[t] for t in both]), torch.tensor([b[t] for t in both])
 
 # %% ../../nbs/course/04_tokens.ipynb #fdde89e9
+@checked()
 def check_ids(
     ids:Iterable[int],                  # of the tokens of a text
     tokenizer:PreTrainedTokenizerBase,  # that made them

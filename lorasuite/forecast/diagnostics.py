@@ -15,7 +15,7 @@ from ..core.model import Decoder
 from ..core.settings import checked
 from ..stages.alignment import Alignment
 from ..stages.direct_copy import direct_copy
-from ..stages.head_mapping import head_similarity
+from ..stages.head_mapping import head_rows, head_similarity
 from ..stages.layer_mapping import mean_on_pairs
 from ..stages.transfer import transfer
 from ..training.evaluate import evaluate
@@ -31,9 +31,9 @@ def _head_means(
     means = []
     for (layer, layer2), maps in zip(alignment.layers, alignment.blocks):
         if maps.heads is None: continue
-        blocks = read_block(old, layer), read_block(new, layer2)
+        rows = head_rows(read_block(old, layer), alignment.read, alignment.write), head_rows(read_block(new, layer2))
         matched = [(a, b) for b, a in enumerate(maps.heads.tolist()) if a >= 0]
-        means.append(mean_on_pairs(head_similarity(*blocks, alignment.read, alignment.write), matched))
+        means.append(mean_on_pairs(head_similarity(*rows), matched))
     if not means:
         raise ValueError(f'{old.name} and {new.name} share no attention whose heads are understood, and by heads the '
                          'nearness of models is told: transfer the adapter, and evaluate it')

@@ -25,7 +25,7 @@ from ..core.tokens import shared_tokens
 from ..stages.alignment import align, warn_of_limits
 from ..stages.block_maps import split_role
 from ..stages.card import skipped_by_reason
-from ..stages.added_tokens import expected_tokens
+from ..stages.added_tokens import expected_tokens, untrained_tokens
 from ..stages.embeddings import check_tokens, unsupported_embeddings
 from ..stages.layer_mapping import alike_layers, feed_forward_kinds, feed_forward_map, feed_forward_space
 from ..stages.layer_mapping import layer_map
@@ -290,10 +290,12 @@ def _adapter_notes(
 
 # %% ../../nbs/reference/inspection.ipynb #instok02
 def _token_notes(
-    tokens:list[str], # that the transfer will add
+    tokens:list[str],       # that the transfer will add
+    lost:dict[str, str],    # tokens that nobody has rows for: why they are left out
 ) -> list[str]:
     "What will be done to the new tokenizer"
-    return [f'tokens that will be added to the new tokenizer: {shortened(tokens)}'] if tokens else []
+    coming = [f'tokens that will be added to the new tokenizer: {shortened(tokens)}'] if tokens else []
+    return coming + [f'{shortened([*lost])}: {why}' for why in sorted({*lost.values()})]
 
 # %% ../../nbs/reference/inspection.ipynb #52a9546e
 def _tables_with_tokens(
@@ -327,7 +329,7 @@ def preview_transfer(
     skipped = replace(adapter, skipped=kept | gone | ends | inside)
     of_role = Counter(split_role(role)[0] for _, role in updates)
     inner = {role for layer, role in updates if (layer, role) not in lost and is_inner(a.blocks[layer].spaces[role])}
-    notes = _adapter_notes(adapter, updates, a) + _token_notes(coming)
+    notes = _adapter_notes(adapter, updates, a) + _token_notes(coming, untrained_tokens(adapter, old))
     return dict(updates=len(adapter.updates) + len(adapter.embeddings),
                 ranks=sorted({len(A) for A, _ in updates.values()}),
                 roles={role: of_role[role] for role in role_order(of_role)},
@@ -469,6 +471,7 @@ def text_report(
 ) -> str:
     "The report for people"
     lines = _size_lines(report)
+    if report.get('warning'): lines += [f"warning: {report['warning']}"]
     if report.get('adapter'): lines += _adapter_lines(report['adapter'])
     lines += [f'note: {note}' for note in report['notes']]
     if 'exact' in report: lines += [_EXACT[report['exact']]]
@@ -504,7 +507,7 @@ def inspect(
     deep:bool=False,                    # read the weights too, and find the maps?
     inputs:list[dict]|None=None,        # questions of the task: how are they put? With `deep`, how are they answered?
     prompts=None,                       # how both models are asked, as `Prompts` or a pair of them
-) -> InspectReport: # `old`, `new`, `sizes`, `shared_tokens`, `notes`; maybe `adapter`, `prompts`, `deep`: signs, advice
+) -> InspectReport: # `old`, `new`, `sizes`, `shared_tokens`, `notes`; maybe `warning`, `adapter`, `prompts`, `deep`
     "What an upgrade changes and what will be transferred; raises `ValueError` for a model or adapter that is refused"
     if inputs is not None and deep and not adapter:
         raise ValueError('questions are asked of an adapter and both models: give an adapter')
@@ -515,7 +518,7 @@ def inspect(
     adapter = adapter if isinstance(adapter, Adapter) or not adapter else Adapter.load(adapter)
     if adapter:
         report['adapter'] = preview_transfer(adapter, a, b)
-        report['adapter']['notes'] += filter(None, [base_doubt(adapter, old)])
+        report['warning'] = base_doubt(adapter, old)
     found = report.get('adapter', dict(skipped={}, energy_range=(1, 1)))
     report['exact'] = not report['notes'] and not found['skipped'] and found['energy_range'][1] > .9995
     if inputs: report['prompts'] = _asked_forms(a, b, adapter, inputs, prompts)

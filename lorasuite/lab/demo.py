@@ -18,7 +18,7 @@ from ..core.adapter import Adapter
 from ..core.block import read_block
 from ..core.files import atomic_directory, check_output, data_dir, is_ours, mark_directory, remove_directory
 from ..stages.alignment import align
-from ..stages.head_mapping import head_similarity, plot_head_map
+from ..stages.head_mapping import head_rows, head_similarity, plot_head_map
 from ..stages.layer_mapping import plot_layer_map
 from ..stages.transfer_matrix import plot_spectrum
 from ..training.evaluate import evaluate
@@ -245,7 +245,7 @@ def save_plots(
     ours, paper = experiment.alignment, align(experiment.old, experiment.new, method='paper')
     layer, partner = ours.layers[0]
     blocks = read_block(experiment.old, layer), read_block(experiment.new, partner)
-    similarity = head_similarity(*blocks, ours.read, ours.write)
+    similarity = head_similarity(head_rows(blocks[0], ours.read, ours.write), head_rows(blocks[1]))
     spectra = {'least squares (published)': paper.read, 'scaled isometry (ours)': ours.write}
     fits = f"R²: {paper.fit['r2']:.4f} published, {ours.fit['r2']:.4f} ours"
     losses = {result.method: result.losses for result in done if any(result.losses)}

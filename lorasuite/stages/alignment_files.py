@@ -7,13 +7,16 @@ __all__ = ['alignment_checksum', 'write_alignment', 'read_alignment']
 
 # %% ../../nbs/reference/alignment_files.ipynb #b53085ac
 import hashlib, json, os
+import torch
 from contextlib import contextmanager
 from importlib.metadata import version
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from ..core.files import atomic_directory, writing
 from ..core.model import ModelInfo
+from ..core.streaming import exact_dtype
 from .block_maps import BlockMaps
 
 # %% ../../nbs/reference/alignment_files.ipynb #1aa42e8b
@@ -22,32 +25,62 @@ def _checksum(
     maps:bytes, # of alignment.safetensors
 ) -> str:
     "SHA-256 of both files of an alignment"
-    return hashlib.sha256(json.dumps(head, sort_keys=True).encode() + maps).hexdigest()
+    found = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+    found.update(maps)
+    return found.hexdigest()
+
 
 # %% ../../nbs/reference/alignment_files.ipynb #c9bec774
+def _smallest(
+    t:Tensor, # any
+) -> Tensor: # of the same numbers, to 32 bits
+    "A tensor in the smallest type that holds its numbers"
+    if t.is_floating_point():
+        short = t.bfloat16()
+        return short if torch.equal(short.to(t.dtype), t) else t.float()
+    low, high = (t.min().item(), t.max().item()) if t.numel() else (0, 0)
+    fits = lambda kind: torch.iinfo(kind).min <= low and high <= torch.iinfo(kind).max
+    return t.to(next(kind for kind in (torch.int8, torch.int16, torch.int32, torch.int64) if fits(kind)))
+
+
+# %% ../../nbs/reference/alignment_files.ipynb #repeatsfn
+def _repeats(
+    alignment, # an `Alignment`
+) -> dict[str, int]: # tensor in the file: for how many heads it stands
+    "The maps that are the same for all heads"
+    maps = {f'{i}.maps.{name}': t for i, block in enumerate(alignment.blocks) for name, t in block.maps.items()}
+    return {name: len(t) for name, t in maps.items() if t.ndim == 3 and len(t) > 1 and (t == t[:1]).all()}
+
+# %% ../../nbs/reference/alignment_files.ipynb #namedfn
 def _named_tensors(
     alignment, # an `Alignment`
-) -> dict[str, Tensor]: # `read`, `write`, `cka`, `ends.…`, `0.…`, `1.…`: tensors, floating-point ones in float32
+) -> dict[str, Tensor]: # `read`, `write`, `cka`, `ends.…`, `0.…`, `1.…`: tensors, as large as their numbers need
     "The tensors of an alignment as its file names them"
     parts = {str(i): maps.tensors() for i, maps in enumerate(alignment.blocks)} | dict(ends=alignment.embedding_maps)
     found = dict(read=alignment.read, write=alignment.write, cka=alignment.cka)
     for part, tensors in parts.items():
         for name, t in tensors.items(): found[f'{part}.{name}'] = t
-    return {name: (t.float() if t.is_floating_point() else t).contiguous().clone() for name, t in found.items()}
+    same = _repeats(alignment)
+    return {name: _smallest(t[:1] if name in same else t).contiguous().clone() for name, t in found.items()}
 
 # %% ../../nbs/reference/alignment_files.ipynb #bd3cfdaa
 def _grouped_tensors(
-    tensors:dict[str, Tensor], # by the names of the file
-) -> dict[str, dict[str, Tensor]]: # `''`, `ends`, `0`, `1`, …: name: tensor, floating-point ones in float64
+    tensors:dict[str, Tensor],  # by the names of the file
+    repeats:dict[str, int],     # for how many heads some of them stand
+    dtype:torch.dtype,          # of the maps of blocks
+) -> dict[str, dict[str, Tensor]]: # `''`, `ends`, `0`, `1`, …: name: tensor; numbers outside blocks in float64
     "The tensors of a file by the part that they belong to"
     found = {}
+    if not all(type(n) is int and 1 <= n < 2**16 for n in repeats.values()): raise ValueError('no numbers of heads')
     for name, t in tensors.items():
         part, _, rest = name.partition('.') if '.' in name else ('', '', name)
-        found.setdefault(part, {})[rest] = t.double() if t.is_floating_point() else t
+        t = t.to((dtype if part.isdigit() else torch.float64) if t.is_floating_point() else torch.int64)
+        found.setdefault(part, {})[rest] = t.expand(repeats[name], *t.shape[1:]) if name in repeats else t
     return found
 
+
 # %% ../../nbs/reference/alignment_files.ipynb #3f75bdce
-_FORMAT = 3 # of what this version writes
+_FORMAT = 4 # of what this version writes
 
 def _json_head(
     alignment, # an `Alignment`
@@ -56,7 +89,8 @@ def _json_head(
     models = dict(old=alignment.old.to_json(), new=alignment.new.to_json())
     return dict(format=_FORMAT, lorasuite=version('lorasuite'), method=alignment.method, **models,
                 layers=alignment.layers, feed_forward=alignment.feed_forward, fit=alignment.fit,
-                unmatched=[maps.unmatched for maps in alignment.blocks], same_outside=alignment.same_outside)
+                unmatched=[maps.unmatched for maps in alignment.blocks], same_outside=alignment.same_outside,
+                repeats=_repeats(alignment))
 
 # %% ../../nbs/reference/alignment_files.ipynb #52144795
 def alignment_checksum(
@@ -78,7 +112,8 @@ def write_alignment(
     with atomic_directory(path) as tmp, writing(path):
         file = tmp/'alignment.safetensors'
         save_file(_named_tensors(alignment), file)
-        head['checksum'] = _checksum(head, file.read_bytes())
+        with file.open('rb') as f, mmap(f.fileno(), 0, access=ACCESS_READ) as maps:
+            head['checksum'] = _checksum(head, maps)
         (tmp/'alignment.json').write_text(json.dumps(head, indent=1))
 
 # %% ../../nbs/reference/alignment_files.ipynb #507033d2
@@ -91,7 +126,8 @@ def _read_head(
     if not isinstance(head, dict): raise ValueError('alignment.json is no table')
     if type(head.get('format', 1)) is not int: raise ValueError(f'format is {head["format"]!r:.60}')
     checksum = head.get('checksum')
-    found = _checksum({key: x for key, x in head.items() if key != 'checksum'}, file.read_bytes())
+    with file.open('rb') as f, mmap(f.fileno(), 0, access=ACCESS_READ) as maps:
+        found = _checksum({key: x for key, x in head.items() if key != 'checksum'}, maps)
     if checksum != found: raise ValueError('it was changed after it was saved')
     return head, file
 
@@ -138,14 +174,17 @@ def _read_files(
 ) -> dict: # the fields of an `Alignment`
     "Read both files; raises `ValueError` naming the field that has another form than it should"
     head, file = _read_head(path)
-    parts = _grouped_tensors(load_file(file))
+    old, new = _read_model(head, 'old'), _read_model(head, 'new')
+    with _field('hidden of old or new'): dtype = exact_dtype(max(old.hidden, new.hidden))
+    with _field('repeats'):
+        parts = _grouped_tensors(load_file(file), head.get('repeats', {}), dtype)
     with _field('layers'): layers = [tuple(pair) for pair in head['layers']]
     with _field('feed_forward'): feed_forward = [tuple(pair) for pair in head.get('feed_forward', [])]
     with _field('read, write, cka or ends'):
         maps = {name: parts[''][name] for name in ('read', 'write', 'cka')} | dict(embedding_maps=parts['ends'])
     with _field('method or fit'): rest = dict(method=head['method'], fit=dict(head['fit']))
     with _field('same_outside'): rest |= dict(same_outside=[*head.get('same_outside', [])])
-    return dict(old=_read_model(head, 'old'), new=_read_model(head, 'new'), layers=layers,
+    return dict(old=old, new=new, layers=layers,
                 feed_forward=feed_forward, blocks=_read_blocks(head, parts), checksum=head['checksum'], **maps, **rest)
 
 # %% ../../nbs/reference/alignment_files.ipynb #2bf04707

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['explains_more', 'fit_head_maps', 'fit_neuron_scales', 'gather_partners', 'inverse_gain', 'split_role', 'norm_part',
-           'norm_gains', 'BlockMaps', 'unit_maps', 'exact_block', 'map_reader', 'map_writer']
+           'norm_gains', 'BlockMaps', 'neuron_maps', 'exact_block', 'map_reader', 'map_writer']
 
 # %% ../../nbs/course/10_block_maps.ipynb #1d9bd24d
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 from ..core.architecture import ROLE_SPACES
 from ..core.block import Block
-from .head_mapping import head_similarity, match, neuron_similarity, unit_roles
+from ..core.settings import checked
+from ..core.streaming import fast_dtype
+from .head_mapping import head_rows, head_similarity, match, match_neurons, unit_roles, unit_rows
 
 # %% ../../nbs/course/10_block_maps.ipynb #3bbc8774
+@checked()
 def explains_more(
     still:Tensor,   # (n,) squared errors without a map
     mapped:Tensor,  # (n,) squared errors with it
@@ -26,19 +29,24 @@ def explains_more(
     return entries*(still/mapped).log() > numbers*math.log(entries)
 
 # %% ../../nbs/course/10_block_maps.ipynb #a1d2b38d
+@checked(W="n h hidden'", W2="n h' hidden'")
 def fit_head_maps(
     W:Tensor,   # (n, h, hidden') rows of the old heads, seen through the read map
     W2:Tensor,  # (n, h', hidden') rows of the partner heads
 ) -> Tensor: # T (n, h', h) with W' ≈ T W
     "Maps between the rows of partner heads: least squares where they explain more than chance, else the identity"
     I = torch.eye(W2.shape[1], W.shape[1], dtype=W.dtype)
-    T = I + torch.linalg.lstsq(W.mT, (W2 - I@W).mT, driver='gelsd').solution.mT
+    off, rows = (W2 - I@W).double(), W.double()
+    inverse = torch.linalg.pinv(rows@rows.mT, hermitian=True, rtol=1e-12)
+    T = I + (off@rows.mT@inverse).to(W)
     rounding = 1e-12*W2.pow(2).sum((1, 2)) + 1e-30
     still, mapped = ((W2 - X@W).pow(2).sum((1, 2)) + rounding for X in (I, T))
     earned = explains_more(still, mapped, W2[0].numel(), T[0].numel())
-    return torch.where(earned[:, None, None], T, I)
+    return torch.where(earned[:, None, None], T, I) if earned.any() else I.expand_as(T)
+
 
 # %% ../../nbs/course/10_block_maps.ipynb #47557df9
+@checked(W='n d', W2='n d')
 def fit_neuron_scales(
     W:Tensor,   # (n, d) one row per old neuron, seen through a stream map
     W2:Tensor,  # (n, d) rows of the partner neurons
@@ -47,6 +55,7 @@ def fit_neuron_scales(
     return 1 + (W*(W2 - W)).sum(1)/W.pow(2).sum(1).clamp_min(1e-30)
 
 # %% ../../nbs/course/10_block_maps.ipynb #92275ed1
+@checked()
 def gather_partners(
     X:Tensor,       # (n, …) one entry per old head or neuron
     source:Tensor,  # (n',) old partner of each new one, or -1
@@ -56,6 +65,7 @@ def gather_partners(
     return X[source.clamp_min(0)]*has.to(X.dtype)
 
 # %% ../../nbs/course/10_block_maps.ipynb #76cfb7b5
+@checked()
 def inverse_gain(
     gain:Tensor, # of a norm
 ) -> Tensor: # 1/gain, 0 where the gain is 0
@@ -82,6 +92,7 @@ def norm_part(
     return dict(heads='attention', kv_heads='attention', neurons='mlp').get(space, space)
 
 # %% ../../nbs/course/10_block_maps.ipynb #5fde4d1e
+@checked()
 def norm_gains(
     old:Block,  # a block
     new:Block,  # its partner in the other model
@@ -126,6 +137,11 @@ class BlockMaps:
         "(neurons',) old partner of each new neuron, or -1; None where neurons are mapped as one space"
         return self.partners.get('neurons')
 
+    def to(self, dtype:torch.dtype) -> 'BlockMaps':
+        "The same in another type; partners stay whole numbers"
+        cast = lambda tensors: {name: t.to(dtype) for name, t in tensors.items()}
+        return replace(self, maps=cast(self.maps), norms=cast(self.norms))
+
     def tensors(self) -> dict[str, Tensor]:
         "All tensors by name, to be saved"
         return {f'{kind}.{name}': t for kind in _KINDS for name, t in getattr(self, kind).items()}
@@ -162,41 +178,40 @@ def _before_norms(
 ) -> Tensor: # (heads', h', h)
     "The same maps between the rows in front of the norms, which updates change"
     by_head = lambda block: _gain_by_head(block, role)
-    return inverse_gain(by_head(new))*T*gather_partners(by_head(old), heads).mT
+    return inverse_gain(by_head(new)).to(T)*T*gather_partners(by_head(old), heads).mT.to(T)
 
 # %% ../../nbs/course/10_block_maps.ipynb #23376275
 def _head_maps(
     old:Block,      # a block
     new:Block,      # its partner in the other model
-    heads:Tensor,   # (heads',) old partner of each new head, or -1
     read:Tensor,    # (hidden, hidden') read map
     write:Tensor,   # (hidden', hidden) write map
-) -> dict[str, Tensor]: # role: (heads', h', h)
-    "Maps between the rows of q, k, v and gates, and between the columns of o, of partner heads"
-    maps = {}
-    for role in [role for role in 'qkvg' if role in old.roles and role in new.roles]:
-        T = fit_head_maps(gather_partners(old.by_head(role)@read, heads), new.by_head(role))
-        maps[role] = _before_norms(T, role, old, new, heads)
-    columns = gather_partners(old.by_head('o')@write.T, heads)
-    return maps | dict(o=fit_head_maps(columns, new.by_head('o')))
+) -> tuple[Tensor, dict[str, Tensor]]: # (heads',) old partner of each new head, or -1; role: (heads', h', h)
+    "Partners of heads, and the maps between their rows of q, k, v and gates, and between their columns of o"
+    rows, rows2 = head_rows(old, read, write), head_rows(new)
+    heads = match(head_similarity(rows, rows2))
+    maps = {role: fit_head_maps(gather_partners(W, heads), rows2[role]) for role, W in rows.items() if role in rows2}
+    inner = {role: _before_norms(maps[role], role, old, new, heads) for role in maps if role != 'o'}
+    return heads, maps | inner
 
 # %% ../../nbs/course/10_block_maps.ipynb #e16ec993
-def unit_maps(
-    space:str,      # of units that have a scale and no coordinates, such as `neurons`
-    old:Block,      # a block
-    new:Block,      # its partner in the other model
-    source:Tensor,  # (n',) old partner of each new unit, or -1
-    read:Tensor,    # (hidden, hidden') read map
-    write:Tensor,   # (hidden', hidden) write map
+@checked(read="hidden hidden'", write="hidden' hidden")
+def neuron_maps(
+    old:Block,              # a block
+    new:Block,              # its partner in the other model
+    read:Tensor,            # (hidden, hidden') read map
+    write:Tensor,           # (hidden', hidden) write map
+    space:str='neurons',    # of units that have a scale and no coordinates
     space2:str|None=None,   # the space in the new block; of the same name by default
-) -> dict[str, Tensor]: # role of the new block: (n',)
-    "Scales between partner units, for each role that writes to their space or reads from it"
-    roles, roles2, maps = unit_roles(old, space), unit_roles(new, space2 or space), {}
-    for kind in [kind for kind in roles if kind in roles2]:
-        W, W2 = old.weight(roles[kind]), new.weight(roles2[kind])
-        seen, W2 = (W.T@write.T, W2.T) if kind == 'down' else (W@read, W2)
-        maps[roles2[kind]] = fit_neuron_scales(gather_partners(seen, source), W2)
-    return maps
+) -> tuple[Tensor, dict[str, Tensor]]: # (n',) old partner of each new unit, or -1; role of the new block: (n',) scales
+    "Partners of units, and the scales between them for each role that writes to their space or reads from it"
+    space2 = space2 or space
+    rows, rows2 = unit_rows(old, space, read, write), unit_rows(new, space2)
+    source = match_neurons(rows, rows2, fast_dtype(new.hidden, torch.device('cpu')))
+    both = {kind: role for kind, role in unit_roles(new, space2).items() if kind in rows}
+    return source, {role: fit_neuron_scales(gather_partners(rows[kind], source), rows2[kind])
+                    for kind, role in both.items()}
+
 
 # %% ../../nbs/course/10_block_maps.ipynb #0668bb9a
 def _unit_spaces(
@@ -208,6 +223,7 @@ def _unit_spaces(
     return [space for space in (block.found.spaces[role][0] for role in downs) if space in written]
 
 # %% ../../nbs/course/10_block_maps.ipynb #exactblock
+@checked(read="hidden hidden'", write="hidden' hidden")
 def exact_block(
     old:Block,      # a block
     new:Block,      # its partner in the other model
@@ -217,14 +233,14 @@ def exact_block(
     "Maps that leave the effect of updates unchanged when attention and MLPs of the new block compute what the old do"
     partners, maps = {}, {}
     if old.found.attends and new.found.attends:
-        partners['heads'] = match(head_similarity(old, new, read, write))
-        maps |= _head_maps(old, new, partners['heads'], read, write)
+        partners['heads'], maps = _head_maps(old, new, read, write)
     for space in [space for space in _unit_spaces(old) if space in _unit_spaces(new)]:
-        partners[space] = match(neuron_similarity(old, new, read, write, space))
-        maps |= unit_maps(space, old, new, partners[space], read, write)
+        partners[space], scales = neuron_maps(old, new, read, write, space)
+        maps |= scales
     return BlockMaps(partners, maps, norm_gains(old, new))
 
 # %% ../../nbs/course/10_block_maps.ipynb #eed5542f
+@checked(A='rank hidden', read="hidden hidden'")
 def map_reader(
     A:Tensor,                   # (rank, hidden) of a module that reads the stream
     norms:dict[str, Tensor],    # as `BlockMaps.norms` or `Alignment.embedding_maps` hold them
@@ -240,6 +256,7 @@ def map_reader(
     return A2 + torch.outer(A@offset - A2@offset2, w)/c
 
 # %% ../../nbs/course/10_block_maps.ipynb #baf80cad
+@checked(B='hidden rank', write="hidden' hidden")
 def map_writer(
     B:Tensor,                   # (hidden, rank) of a module that writes to the stream
     norms:dict[str, Tensor],    # as `BlockMaps.norms` holds them

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from ..core.adapter import Adapter
 from ..core.loading import load_model
 from ..core.model import Decoder, model_info, ModelInfo
+from ..core.settings import checked
 from .transfer import group_by_module, in_float32, no_place, split_by_role
 
 # %% ../../nbs/course/17_direct_copy.ipynb #8b12ab05
+@checked()
 def missing_place(
     layer:int,      # of an update of the old model
     role:str,       # of it
@@ -35,6 +37,7 @@ def _other_shape(
     return ' against '.join('×'.join(map(str, s)) for s in (shape, shape2))
 
 # %% ../../nbs/course/17_direct_copy.ipynb #12c8fc6d
+@checked()
 def split_by_place(
     adapter:Adapter,                # of the old model
     old:ModelInfo,                  # of the old model
@@ -76,6 +79,7 @@ def _copy_embeddings(
     return found
 
 # %% ../../nbs/course/17_direct_copy.ipynb #388daaee
+@checked()
 def assemble_adapter(
     adapter:Adapter,                # of the old model
     updates:dict,                   # (layer, role): A, B for the new model
@@ -94,6 +98,7 @@ def assemble_adapter(
                    skipped=adapter.skipped | skipped, parameters=new.stored_parameters(found | outside.embeddings))
 
 # %% ../../nbs/course/17_direct_copy.ipynb #e602fe52
+@checked()
 def direct_copy(
     adapter:Adapter,                # of the old model
     old:str|os.PathLike|Decoder,    # the model that it was trained on

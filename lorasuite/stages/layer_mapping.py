@@ -10,6 +10,7 @@ __all__ = ['layer_map', 'alike_layers', 'feed_forward_space', 'feed_forward_kind
 from collections.abc import Iterable
 import torch
 from torch import Tensor
+from ..core.settings import checked
 from .cka import plot_cka
 
 # %% ../../nbs/course/07_layer_mapping.ipynb #d7891ade
@@ -43,6 +44,7 @@ def _walk_back(
     return pairs[::-1]
 
 # %% ../../nbs/course/07_layer_mapping.ipynb #f7141e4d
+@checked(similarity="layers layers'")
 def layer_map(
     similarity:Tensor,          # (layers, layers') e.g. a CKA table
     allowed:Tensor|None=None,   # (layers, layers') bool: may the two be partners? All may by default
@@ -53,6 +55,7 @@ def layer_map(
     return _walk_back(_best_sums(similarity, allowed))
 
 # %% ../../nbs/course/07_layer_mapping.ipynb #likefn
+@checked()
 def alike_layers(
     old:list[Iterable[str]], # the names of the mixers of every old layer
     new:list[Iterable[str]], # of every new layer
@@ -62,6 +65,7 @@ def alike_layers(
     return torch.tensor([[share(a, b) for b in new] for a in old])
 
 # %% ../../nbs/course/07_layer_mapping.ipynb #ffspacefn
+@checked()
 def feed_forward_space(
     spaces:tuple[str, str], # that a role reads and writes
 ) -> str: # `neurons`, `shared.neurons`, …; `experts` for all routed ones; '' for a role of a mixer
@@ -70,6 +74,7 @@ def feed_forward_space(
     return next((space for space in spaces if space.endswith('neurons')), '')
 
 # %% ../../nbs/course/07_layer_mapping.ipynb #ffkindsfn
+@checked()
 def feed_forward_kinds(
     spaces:dict[str, tuple[str, str]], # role: the space that it reads, the space that it writes
 ) -> set[str]: # such as `neurons` and `experts`
@@ -77,6 +82,7 @@ def feed_forward_kinds(
     return {feed_forward_space(pair) for pair in spaces.values()} - {''}
 
 # %% ../../nbs/course/07_layer_mapping.ipynb #fffn
+@checked(similarity="layers layers'")
 def feed_forward_map(
     similarity:Tensor,              # (layers, layers') e.g. a CKA table
     pairs:list[tuple[int, int]],    # of layers, as `layer_map` gives them
@@ -91,6 +97,7 @@ def feed_forward_map(
     return layer_map(similarity, share & between_same)
 
 # %% ../../nbs/course/07_layer_mapping.ipynb #d4c7da69
+@checked(table="layers layers'")
 def plot_layer_map(
     table:Tensor,                   # (layers, layers') CKA
     pairs:list[tuple[int, int]],    # as `layer_map` gives them
@@ -103,6 +110,7 @@ def plot_layer_map(
     return ax
 
 # %% ../../nbs/course/07_layer_mapping.ipynb #2b41f15f
+@checked(table="layers layers'")
 def mean_on_pairs(
     table:Tensor,                   # (layers, layers') similarity
     pairs:list[tuple[int, int]],    # as `layer_map` gives them

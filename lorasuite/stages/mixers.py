@@ -15,8 +15,8 @@ from torch.nn.functional import cosine_similarity, normalize, silu
 from ..core.block import Block
 from ..core.model import Norm
 from .block_maps import BlockMaps, exact_block, explains_more, fit_neuron_scales, gather_partners
-from .block_maps import inverse_gain, split_role, unit_maps
-from .head_mapping import match, neuron_similarity, row_cosines, unit_roles
+from .block_maps import inverse_gain, neuron_maps, split_role
+from .head_mapping import match, row_cosines, unit_roles
 
 # %% ../../nbs/course/26_mixers.ipynb #mixalike
 _LIKE = .7 # cosine from which units, or spaces, count as found again
@@ -163,7 +163,7 @@ def _candidates(
         M = linked_inputs(role, old, new, known.maps)
         if M is not None: yield None, M
     else:
-        I = torch.eye(n, dtype=torch.float64)
+        I = torch.eye(n, dtype=old.dtype)
         if n == n2: yield torch.arange(n), I
         for partners in known.partners.values():
             fits = partners.ndim == 1 and len(partners) == n2 and partners.max() < n
@@ -257,7 +257,7 @@ def expert_similarity(
 ) -> Tensor: # (experts, experts')
     "cos of what experts add to the stream, and of the rows of the router by which they are chosen"
     g = torch.Generator().manual_seed(0)
-    X2 = torch.randn(read.shape[1], 16, generator=g).double()
+    X2 = torch.randn(read.shape[1], 16, generator=g).to(read)
     similarity = row_cosines(_expert_outputs(old, read@X2, write), _expert_outputs(new, X2))
     if not 'router' in {*old.roles} & {*new.roles}: return similarity
     return similarity + row_cosines(old.weight('router')@read, new.weight('router'))
@@ -303,8 +303,8 @@ def add_expert_maps(
         if expert < 0:
             neurons.append(None)
             continue
-        neurons.append(match(neuron_similarity(old, new, read, write, space, space2)))
-        found = unit_maps(space, old, new, neurons[-1], read, write, space2)
+        source, found = neuron_maps(old, new, read, write, space, space2)
+        neurons.append(source)
         for role, scale in found.items(): scales.append((role, scale))
     _stack_experts(neurons, scales, known)
     if 'router' in {*old.roles} & {*new.roles}:

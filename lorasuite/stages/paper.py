@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from ..core.architecture import ROLE_SPACES
 from ..core.block import Block
+from ..core.settings import checked
 from .block_maps import BlockMaps, gather_partners, norm_gains
 from .head_mapping import cosine, interaction, match
 
 # %% ../../nbs/course/09_paper.ipynb #dfc3e1c3
+@checked()
 def dense_self_update(
     block:Block,    # a block, which is old and new at once
     role:str,       # of the update
@@ -29,6 +31,7 @@ def dense_self_update(
     return up@torch.linalg.pinv(up)@D
 
 # %% ../../nbs/course/09_paper.ipynb #56a503f4
+@checked(H="hidden hidden'")
 def paper_head_similarity(
     old:Block,  # a block
     new:Block,  # its partner in the other model
@@ -42,6 +45,7 @@ def paper_head_similarity(
     return cosine(*(a + b for a, b in zip(looks, moves)))
 
 # %% ../../nbs/course/09_paper.ipynb #78c5435d
+@checked(W='i d')
 def pseudo_inverse(
     W:Tensor, # (i, d) tall or wide
 ) -> Tensor: # (d, i)
@@ -79,6 +83,7 @@ PAPER_ROLES = ('q', 'k', 'v', 'o', 'gate', 'up', 'down') # that the published fo
 NO_FORMULA = 'the published formula has no map for it: use method="exact"'
 
 # %% ../../nbs/course/09_paper.ipynb #95828e27
+@checked(H="hidden hidden'", heads="whole heads'")
 def paper_block(
     old:Block,              # a block
     new:Block,              # its partner in the other model

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from ..core.adapter import Adapter, balance, update_energy
 from ..core.experts import split_expert
+from ..core.fused import fused_remedy
 
 from ..core.model import BlockInfo, check_shape, ModelInfo
 from ..core.settings import checked
@@ -32,6 +33,7 @@ def _mean_over_groups(
     return by_group(B)/by_group(has.to(B.dtype)).clamp_min(1)[:, None, None]
 
 # %% ../../nbs/course/12_transfer.ipynb #f3cb45b5
+@checked()
 def map_heads(
     B:Tensor,   # (out, rank) of q, k, v or a gate
     role:str,   # which of them
@@ -101,6 +103,7 @@ def _map_outputs(
     return _map_units(B, role, 'out', pair)
 
 # %% ../../nbs/course/12_transfer.ipynb #transferupdate
+@checked(A='rank in', B='out rank')
 def transfer_update(
     role:str,   # which projection of the old block
     A:Tensor,   # (rank, in)
@@ -108,7 +111,8 @@ def transfer_update(
     pair:Pair,  # of blocks
 ) -> tuple[Tensor, Tensor]: # (rank, in'), (out', rank)
     "Carry one update over; its rank stays (LoRASuite, section 3.3, with our maps or the published ones)"
-    return _map_inputs(role, A, pair), _map_outputs(role, B, pair)
+    A2, B2 = _map_inputs(role, A.to(pair.read), pair), _map_outputs(role, B.to(pair.read), pair)
+    return A2.to(A), B2.to(B)
 
 # %% ../../nbs/course/12_transfer.ipynb #2917f151
 def _check_update(
@@ -138,9 +142,10 @@ def _why_outside(
     if not why and whole in old.everywhere('stacks'): why = 'is an expert without a role'
     if why: return f'lorasuite does not understand it: it {why}'
     raise ValueError(f'the adapter updates {path}, which {old.name} does not have, or not as a linear map '
-                     'of a block: was it trained on another model?')
+                     f'of a block: {fused_remedy(path)}')
 
 # %% ../../nbs/course/12_transfer.ipynb #splitbyrole
+@checked()
 def split_by_role(
     adapter:Adapter,    # whose modules are named after the old model
     old:ModelInfo,      # of the old model
@@ -176,6 +181,7 @@ def _stack_updates(
     return A, B
 
 # %% ../../nbs/course/12_transfer.ipynb #3c9b7dd2
+@checked()
 def fuse_updates(
     parts:dict[str, tuple[Tensor, Tensor]], # role: A, B
     rows:dict[str, list[int]],              # role: its outputs in the module
@@ -191,6 +197,7 @@ def fuse_updates(
     return A[kept], B[:, kept]
 
 # %% ../../nbs/course/12_transfer.ipynb #d41f8f87
+@checked()
 def group_by_module(
     updates:dict[tuple[int, str], tuple],   # (layer, role): A, B
     info:ModelInfo,                         # of the model that they are for
@@ -204,6 +211,7 @@ def group_by_module(
     return named
 
 # %% ../../nbs/course/12_transfer.ipynb #4e635116
+@checked()
 def init_lora(
     rank:int,                   # of the update
     out_in:tuple[int, int],     # shape of the weight
@@ -232,6 +240,7 @@ def _new_layers(
     return {(l2, role): init_lora(ranks[role], new.shape(l2, role), g) for l2, role in places}
 
 # %% ../../nbs/course/12_transfer.ipynb #placesfn
+@checked()
 def update_places(
     updates:dict,           # (layer, role): A, B of the old model
     alignment:Alignment,    # of the old model with the new
@@ -247,6 +256,7 @@ def update_places(
     return found
 
 # %% ../../nbs/course/12_transfer.ipynb #531ea1b6
+@checked()
 def unmatched_updates(
     updates:dict,           # (layer, role): A, B of the old model
     alignment:Alignment,    # of the old model with the new
@@ -288,6 +298,7 @@ def _transfer_blocks(
     return found
 
 # %% ../../nbs/course/12_transfer.ipynb #carryupd
+@checked()
 def carry_updates(
     adapter:Adapter,        # whose modules are named after the old model
     alignment:Alignment,    # of the old model with the new
@@ -331,6 +342,7 @@ def _all_blocks(
     return group_by_module(moved | fresh, alignment.new)
 
 # %% ../../nbs/course/12_transfer.ipynb #energysharefn
+@checked()
 def energy_share(
     adapter:Adapter,        # of the old model
     alignment:Alignment,    # of the old model with the new
@@ -347,6 +359,7 @@ def energy_share(
     return 1 - sum(lost)/max(sum(sizes.values()), 1e-30)
 
 # %% ../../nbs/course/12_transfer.ipynb #95a88d48
+@checked()
 def check_plain(
     adapter:Adapter,    # to be carried
     plain_rank:int,     # of the LoRA that a DoRA shall become

@@ -77,6 +77,8 @@ def _add_update(
     found[path] = join_updates([found[path], pair]) if path in found else pair
 
 # %% ../../nbs/reference/whole_weights.ipynb #ed66ef69
+_ROUNDING = 5e-4 # largest share of a change that is left out without a word
+
 @checked()
 def weights_to_updates(
     adapter:Adapter,        # with whole weights
@@ -93,7 +95,7 @@ def weights_to_updates(
         found.skipped.pop(keys.get(name, ''), None)
         if not len(A): continue
         _add_update(found, name.removesuffix('.weight'), A, B, module is decoder.model.get_input_embeddings())
-        if error > 1e-6:
+        if error > _ROUNDING:
             found.skipped[name] = f'{error:.1%} of the change of a whole weight: the rest is carried in rank {len(A)}'
     return found
 

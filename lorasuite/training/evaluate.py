@@ -120,6 +120,17 @@ def _left_padded(
     ids = torch.tensor([[pad]*(longest - len(p)) + p for p in prompts])
     return ids, torch.tensor([[0]*(longest - len(p)) + [1]*len(p) for p in prompts])
 
+# %% ../../nbs/course/15_evaluate.ipynb #nanlogit2
+def _check_computes(
+    model:torch.nn.Module,  # a causal language model, with or without an adapter
+    ids:list[int],          # a prompt
+):
+    "Raise `ValueError` naming a weight, or the type of the numbers, where a model computes NaN"
+    if not ids or not model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1].isnan().any(): return
+    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), '')
+    why = f'{bad} has values that are not finite' if bad else f'they overflow in {str(model.dtype)[6:]}'
+    raise ValueError(f'the model computes no numbers ({why}): load it again, or in float32')
+
 # %% ../../nbs/course/15_evaluate.ipynb #2c3d164e
 @checked('prompts')
 @torch.no_grad()
@@ -135,6 +146,7 @@ def generate(
 ) -> list[str]: # the continuations
     "Continue prompts greedily, whatever the model's generation config asks for"
     prompts, texts = [tokenizer(p).input_ids if isinstance(p, str) else p for p in prompts], []
+    if prompts: _check_computes(model, prompts[0])
     with _greedy(model, tokenizer, max_new_tokens, ends) as config:
         for i in tqdm(range(0, len(prompts), batch_size), disable=not progress):
             ids, mask = (t.to(model.device) for t in _left_padded(prompts[i:i+batch_size], config.pad_token_id))

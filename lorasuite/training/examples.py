@@ -6,10 +6,11 @@
 __all__ = ['Examples', 'load_data', 'prompt', 'encode']
 
 # %% ../../nbs/reference/examples.ipynb #9ba837e3
-import json, math, os, tempfile, warnings
+import json, math, os, re, tempfile, warnings
+from itertools import islice
 from pathlib import Path
 from transformers import PreTrainedTokenizerBase
-from ..core.files import data_dir, did_you_mean, hub_fault, read_json, without_hub
+from ..core.files import data_dir, did_you_mean, fetched, hub_fault, read_json, without_hub
 from ..core.settings import checked
 from .prompts import fill_prompt, PROMPT_PRESETS, Prompts, Renderer
 
@@ -44,6 +45,10 @@ def _read_table(
         raise ValueError(f'{file}: the rows have more fields than the header: put texts with {separator!r} in them '
                          'into quotes, or name the other columns') from None
     except (ValueError, pd.errors.ParserError) as e:
+        opened = re.search(r'EOF inside string starting at row (\d+)', str(e))
+        if opened:
+            raise ValueError(f'{file}: a quotation mark at the beginning of a field in row {int(opened[1]) + 1} is '
+                             'never closed: close it, or put the field into quotes and double the mark') from None
         raise ValueError(f'{file} is not readable as a table in UTF-8: {e}') from None
     return table.astype(object).where(table.notna(), None).to_dict('records')
 
@@ -54,7 +59,9 @@ def _read_parquet(
     "The rows of a Parquet file"
     from datasets import Dataset
     with tempfile.TemporaryDirectory() as cache:
-        try: return [*map(_table_row, Dataset.from_parquet(str(file), cache_dir=cache, keep_in_memory=True))]
+        try:
+            if file.read_bytes()[-4:] != b'PAR1': raise ValueError('it does not end with PAR1') # `datasets` would log
+            return [*map(_table_row, Dataset.from_parquet(str(file), cache_dir=cache, keep_in_memory=True))]
         except Exception as e: raise ValueError(f'{file} is not readable as Parquet: {e.__cause__ or e}') from None
 
 # %% ../../nbs/reference/examples.ipynb #57b6177a
@@ -70,7 +77,9 @@ def _read_hub(
     except Exception as e:
         kind = ValueError if isinstance(e, ValueError) else FileNotFoundError
         why = f'{e}'.strip().partition('\n')[0] or type(e).__name__
-        if fault and isinstance(e, ConnectionError): why = f'{fault}: correct the name, or get a connection'
+        if fault and isinstance(e, ConnectionError):
+            folder = fetched(name, 'dataset')
+            why = f'{fault}: ' + (f'give {folder}' if folder else 'correct the name, or get a connection')
         said = f'{source} is neither a file nor a dataset that can be read from the Hub, split {split}: {why}'
         raise kind(said + did_you_mean(source, Path.is_file)) from None
 
@@ -78,6 +87,22 @@ def _read_hub(
 _READERS = {'.csv': _read_table, '.tsv': _read_table, '.parquet': _read_parquet}
 _SUFFIXES = ('.json', '.jsonl', '.ndjson', '.txt', *_READERS)
 
+# %% ../../nbs/reference/examples.ipynb #dirdata2
+_MOST_FILES = 10_000
+
+def _check_directory(
+    folder:Path, # that may hold a data set
+):
+    "Raise `ValueError` for a directory without data files, or with so many others that it is no data set"
+    files = (name for _, _, names in os.walk(folder) for name in names)
+    first, kinds = [*islice(files, _MOST_FILES + 1)], {*_SUFFIXES, '.arrow', '.zip'}
+    if len(first) > _MOST_FILES:
+        raise ValueError(f'{folder} holds more than {_MOST_FILES:,} files: give the data file, or the directory of a '
+                         'data set')
+    if any(kinds & {*Path(name).suffixes} for name in first): return
+    raise ValueError(f'{folder} holds no data file ({", ".join(sorted(kinds))}): give one')
+
+# %% ../../nbs/reference/examples.ipynb #readrows1
 def _read_rows(
     source:str|os.PathLike, # a JSON, JSON-lines, CSV or Parquet file, one of `zoo/…`, or the Hub id of a dataset
     split:str='train',      # which split of a Hub dataset
@@ -90,6 +115,7 @@ def _read_rows(
     if file.exists() and not file.is_dir(): raise ValueError(f'{source} is not an ordinary file: write the data to one')
     if not file.is_dir() and (file.suffix in _SUFFIXES or file.is_absolute() or len(file.parts) > 2):
         raise FileNotFoundError(f'no such data file: {source}{did_you_mean(source, Path.is_file)}')
+    if file.is_dir(): _check_directory(file)
     return _read_hub(str(source), split)
 
 # %% ../../nbs/reference/examples.ipynb #0a6136f0

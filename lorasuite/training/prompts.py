@@ -157,13 +157,16 @@ def fill_prompt(
 
 # %% ../../nbs/reference/prompts.ipynb #dateday1
 _DAY = datetime(2024, 7, 26)
-_CLOCK = re.compile(r'strftime_now\(\s*([\'"])(.*?)\1\s*\)')
+_DIRECTIVES = [f'%{flag}{letter}' for flag in ('', '-') for letter in 'aAbBcdDeFGhHIjklmMpPrRSTuUVwWxXyYZ']
 
 def _same_day(
     source:str, # of a chat template
 ) -> str:
-    "A template that writes one date on any day"
-    return _CLOCK.sub(lambda found: repr(_DAY.strftime(found[2])), source)
+    "A template that writes one date on any day, whatever the format that it asks for"
+    if 'strftime_now' not in source: return source
+    values = [('%%', '\0')] + [(name, _DAY.strftime(name)) for name in _DIRECTIVES] + [('\0', '%')]
+    filters = '|'.join(f'replace({name!r}, {value!r})' for name, value in values)
+    return f"{{% macro strftime_now(form) %}}{{{{ form|{filters} }}}}{{% endmacro %}}{{{{ '' }}}}{source}"
 
 # %% ../../nbs/reference/prompts.ipynb #1f938fe7
 class ChatTemplate:
@@ -193,7 +196,7 @@ class ChatTemplate:
     @property
     def is_dated(self) -> bool:
         "Does the template write a date?"
-        return _CLOCK.search(self.tokenizer.get_chat_template(self.source)) is not None
+        return 'strftime_now' in self.tokenizer.get_chat_template(self.source)
 
     def is_marked(self, tools:list|None=None) -> bool:
         "Does the template mark what the assistant says?"

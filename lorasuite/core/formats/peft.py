@@ -7,14 +7,16 @@ __all__ = ['READERS', 'split_keys', 'read_lora', 'read_adalora', 'OtherMethod', 
            'adapter_config', 'write']
 
 # %% ../../../nbs/reference/formats.ipynb #bacd50fa
-import json, os, re, subprocess, sys, warnings
+import json, math, os, re, subprocess, sys, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftType
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
@@ -60,6 +62,9 @@ def _check_tensors(
 ):
     "Raise `ValueError` for the empty tensors of ZeRO-3 and for the grouped convolutions of PEFT 0.2"
     for key, t in tensors.items():
+        if re.search(r'\.adapter\.linear_(in|out)\.', key):
+            raise ValueError(f'{file}: {key} is a name of NeMo or Megatron, whose projections are fused and divided '
+                             'otherwise: export the adapter as PEFT, by export_adapter_ckpt of Megatron Bridge')
         if t.shape == (0,):
             raise ValueError(f'{file}: {key} is empty, as DeepSpeed ZeRO-3 leaves weights that were not gathered: save '
                              'with stage3_gather_16bit_weights_on_model_save, or convert with zero_to_fp32.py')
@@ -220,6 +225,20 @@ def _check_rank(
     raise ValueError(f'{settings}: the rank of {path} is {said!r}, but its lora_A has {rank} rows: '
                      'the settings are those of another adapter, save it again')
 
+# %% ../../../nbs/reference/formats.ipynb #laytrans1
+def _check_layers(
+    config:LoraConfig,      # the adapter's settings
+    paths:Iterable[str],    # of the modules with an update
+    settings:Path,          # adapter_config.json, for messages
+):
+    "Raise `ValueError` where `layers_to_transform` leaves out layers that the file has updates of"
+    if config.layers_to_transform is None: return
+    with parsing(settings): lost = [path for path in paths if not check_target_module_exists(config, path)]
+    if not lost: return
+    raise ValueError(f'{settings}: layers_to_transform={config.layers_to_transform!r:.60} leaves out '
+                     f'{shortened(lost)}, which the file has, and PEFT does not load: '
+                     'the settings are those of another adapter')
+
 # %% ../../../nbs/reference/formats.ipynb #698d6c9e
 def _overflows(
     A:Tensor, # (rank, in)
@@ -311,13 +330,17 @@ def _unpack(
 
 # %% ../../../nbs/reference/formats.ipynb #94056a86
 _LAYOUTS = (None, 'rank_major', 'grouped_by_expert') # of the columns of B; the first two are PEFT's
+_ORDERS = {'lora_B_layout', 'unsloth_fused_expert_lora'} # settings of Unsloth that tell them
 
 def _is_grouped(
-    config:LoraConfig, # the adapter's settings, with `lora_B_layout` where the file has it
+    config:LoraConfig, # the adapter's settings, with those of `_ORDERS` that the file has
+    name:str,          # path of a parameter
     file:Path,         # the file of tensors, for messages
 ) -> bool:
     "Are the columns of B sorted by expert? Raises `ValueError` for an order that is not known"
-    layout = getattr(config, 'lora_B_layout', None)
+    detail = getattr(config, 'unsloth_fused_expert_lora', None) or {}
+    with parsing(file.with_name(SETTINGS)): own = detail.get('parameters', {}).get(name.rpartition('.')[2], {})
+    layout = getattr(config, 'lora_B_layout', None) or own.get('lora_B_layout')
     if layout in _LAYOUTS: return layout == _LAYOUTS[-1]
     raise ValueError(f'{file.with_name(SETTINGS)}: lora_B_layout is {layout!r}, which is not known: '
                      f'give {_LAYOUTS[1]} or {_LAYOUTS[2]}')
@@ -342,9 +365,9 @@ def _separate(
     file:Path,         # the file, for messages
 ) -> Adapter:
     "Make the updates of parameters those of experts, `PATH[N]`, and of modules; raises `ValueError` for a wrong rank"
-    grouped = _is_grouped(config, file)
     for name in names:
         A, B = adapter.updates.pop(name)
+        grouped = _is_grouped(config, name, file)
         rank = _expert_rank(config, name, file.with_name(SETTINGS))
         experts, rest = divmod(len(A), rank)
         if rest: raise ValueError(f'{file}: {name} has {len(A)} rows for rank {rank}: '
@@ -446,6 +469,7 @@ def read_lora(
         return _scale(config, path, _expert_rank(config, path, settings) if path in parameters else rank)
     pairs = {named.get(path, path): pair for path, pair in pairs.items() if path not in unclear}
     for path in pairs.keys() - parameters: _check_rank(config, path, len(pairs[path]['A']), settings)
+    _check_layers(config, pairs.keys() - parameters, settings)
     adapter = _separate(_with_scale(pairs, scale, file), named.values(), config, file)
     magnitudes = {path: m.float() for path, m in magnitudes.items()}
     biases = {path: scale(path, len(pairs[path]['A']))*b.float() for path, b in biases.items() if b.any()}
@@ -544,9 +568,47 @@ def check_config(
     for name in _NOT_CARRIED:
         if getattr(config, name, None): raise ValueError(f'{file}: {name} is not carried: train the adapter without it')
     if str(start).lower() not in _PLAIN_STARTS:
+        folder = file.parent/'pissa_converted' # of LLaMA-Factory
+        remedy = f'give {folder}, which is the same as a LoRA' if folder.is_dir() else (
+            'save the adapter again with save_pretrained(…, path_initial_model_for_weight_conversion=…)')
         raise ValueError(f'{file}: init_lora_weights={start!r} changes the base weights, so B A is not the update: '
-                         'save the adapter again with save_pretrained(…, '
-                         'path_initial_model_for_weight_conversion=…)')
+                         f'{remedy}')
+
+# %% ../../../nbs/reference/formats.ipynb #setforms2
+def _is_number(x) -> bool:
+    "Is it a finite number, as JSON has them?"
+    return type(x) in (int, float) and math.isfinite(x)
+
+# %% ../../../nbs/reference/formats.ipynb #setforms4
+def _is_list_of(x, kind:type) -> bool:
+    "Is it a list that holds nothing else?"
+    return isinstance(x, list) and all(type(item) is kind for item in x)
+
+# %% ../../../nbs/reference/formats.ipynb #setforms6
+_FORMS = ( # of settings, if they are there: in words, test, names
+    ('a finite number', _is_number, ('lora_alpha', 'lora_dropout')),
+    ('true or false', lambda x: x in (True, False), ('use_rslora', 'use_dora', 'lora_bias', 'fan_in_fan_out')),
+    ('one of none, all, lora_only', lambda x: x in ('none', 'all', 'lora_only'), ('bias',)),
+    ('a list of names', lambda x: _is_list_of(x, str), ('modules_to_save',)),
+    ('a number or a list of them', lambda x: type(x) is int or _is_list_of(x, int), ('layers_to_transform',)),
+    ('a list of numbers, or a table of them', lambda x: isinstance(x, dict) or _is_list_of(x, int),
+     ('trainable_token_indices',)),
+    ('a table of numbers', lambda x: isinstance(x, dict) and all(map(_is_number, x.values())), ('alpha_pattern',)),
+)
+
+def _check_forms(
+    said:dict,  # what adapter_config.json holds
+    file:Path,  # the file, for messages
+):
+    "Raise `ValueError` naming a setting of another type than PEFT means, or a kind of adapter that it does not know"
+    kind = said['peft_type']
+    if not isinstance(kind, str) or kind not in PeftType.__members__:
+        raise ValueError(f'{file}: peft_type={kind!r:.60} is no kind of adapter that PEFT {version("peft")} knows: '
+                         'correct it there, or install the PEFT that wrote it')
+    for form, fits, names in _FORMS:
+        for name in names:
+            if said.get(name) is None or fits(said[name]): continue
+            raise ValueError(f'{file}: {name}={said[name]!r:.60} is not {form}: correct it there')
 
 # %% ../../../nbs/reference/formats.ipynb #checkchoices
 def _check_choices(
@@ -573,17 +635,18 @@ def _read_settings(
         kind = 'those of an MLX adapter' if 'lora_parameters' in said else 'not those of a PEFT adapter'
         raise ValueError(f'{file} is not readable as settings of PEFT (no peft_type, they are {kind}): '
                          'save the adapter again')
+    _check_choices(said, file)
+    _check_forms(said, file)
     with parsing(file), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Unexpected keyword arguments')
         config = PeftConfig.from_pretrained(str(file.parent))
-    _check_choices(said, file)
     for name in ('rank_pattern', 'alpha_pattern'):
         if getattr(config, name, {}) is None: setattr(config, name, {})
     if 'r' not in said: config.r = None
     config.peft_version = str(said.get('peft_version') or '') # PEFT puts its own where there is none
     if getattr(config, 'lora_alpha', 0) is None:
         raise ValueError(f'{file}: lora_alpha is null, so the strength is not known: set the number of the training')
-    if 'lora_B_layout' in said: config.lora_B_layout = said['lora_B_layout']
+    for name in _ORDERS & said.keys(): setattr(config, name, said[name])
     unknown = {name: value for name, value in said.items() if value and not hasattr(config, name)}
     for name, value in unknown.items():
         warnings.warn(f'{file}: {name}={value!r:.60} is a setting that PEFT does not know, and it is ignored')
@@ -638,11 +701,24 @@ def _read_card(
     if not file.is_file(): return ''
     with file.open(encoding='utf-8', errors='replace') as f: return f.read(1 << 20)
 
+# %% ../../../nbs/reference/formats.ipynb #tktable1
+def _tokenizer_table(
+    folder:Path, # of an adapter
+) -> dict: # `model`, `added_tokens` and others
+    "What tokenizer.json holds; raises `ValueError` where it is no tokenizer"
+    file = folder/'tokenizer.json'
+    with parsing(file): found = json.loads(file.read_text(encoding='utf-8'))
+    missing = [key for key in ('model', 'added_tokens') if not isinstance(found, dict) or key not in found]
+    if not missing: return found
+    raise ValueError(f'{file} is not readable as a tokenizer (it has no {" and no ".join(missing)}): copy the one that '
+                     'the adapter was trained with there, or remove it')
+
 # %% ../../../nbs/reference/formats.ipynb #tkread02
 def _load_tokenizer(
     folder:Path, # of an adapter
 ) -> PreTrainedTokenizerBase:
     "The tokenizer in a directory; raises `ValueError` for files that are none"
+    _tokenizer_table(folder)
     with parsing(folder/'tokenizer.json'): return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
 
 # %% ../../../nbs/reference/formats.ipynb #47ac73c0
@@ -653,6 +729,14 @@ def _tokenizer_reader(
     "Reads the tokenizer beside an adapter that changes something outside the blocks"
     outside = any(not re.search(r'\.\d+\.', key) for key in keys)
     return partial(_load_tokenizer, folder) if outside and (folder/'tokenizer.json').is_file() else None
+
+# %% ../../../nbs/reference/formats.ipynb #tkadded2
+def _added_tokens(
+    folder:Path, # of an adapter
+) -> dict[str, int]: # token: id
+    "The tokens that the tokenizer in a directory has besides its model's"
+    found = _tokenizer_table(folder)['added_tokens']
+    with parsing(folder/'tokenizer.json'): return {token['content']: token['id'] for token in found}
 
 # %% ../../../nbs/reference/formats.ipynb #b5818e72
 def _lost_targets(
@@ -707,9 +791,20 @@ def _doubts(
     if bias not in (None, 'none') and not any(name.endswith('.bias') for name in adapter.weights):
         yield f'bias={bias!r} is set and the file has no bias: if the base has biases, they were trained and are lost'
     many = any(how.experts > 1 for how in adapter.parameters.values())
-    if many and getattr(config, 'lora_B_layout', None) is None and 'unsloth' in adapter.card.lower():
+    told = any(getattr(config, name, None) for name in _ORDERS)
+    if many and not told and 'unsloth' in adapter.card.lower():
         yield ('files of Unsloth from before September 2026 do not tell the order of the columns of experts, and '
                f'that of PEFT is taken; for the other one put "lora_B_layout": "{_LAYOUTS[2]}" into {SETTINGS}')
+
+# %% ../../../nbs/reference/formats.ipynb #fmtsource1
+def _source(
+    name:str|os.PathLike,   # of an adapter, as it was asked for
+    file:Path,              # with its weights
+    config:PeftConfig,      # its settings
+) -> dict[str, str]: # `name`, `sha256`, and `base_revision` where the base is not the main branch of its repository
+    "What an adapter was read from"
+    found = dict(name=str(name), sha256=file_hash(file))
+    return found | (dict(base_revision=str(config.revision)) if config.revision else {})
 
 # %% ../../../nbs/reference/formats.ipynb #553a629c
 def read(
@@ -734,7 +829,8 @@ def read(
     found = READERS[_kind(config)](factors, config, file)
     adapter = replace(strip_adapter(found, file), base=config.base_model_name_or_path or '', rows=rows, weights=weights,
                       skipped=found.skipped | skipped | left_out, card=_read_card(folder),
-                      source=dict(name=str(name), sha256=file_hash(file)), tokenizer=_tokenizer_reader(folder, tensors))
+                      source=_source(name, file, config), tokenizer=_tokenizer_reader(folder, tensors),
+                      added_tokens=partial(_added_tokens, folder) if (folder/'tokenizer.json').is_file() else None)
     paths = {_path_of_factor(key) for key in tensors} | {split_expert(path)[0] for path in found.updates}
     for doubt in _doubts(config, adapter, paths): warnings.warn(f'{folder/SETTINGS}: {doubt}', stacklevel=3)
     return adapter
