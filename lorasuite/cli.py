@@ -249,22 +249,14 @@ def _finish(adapter, out:Path):
     adapter.save(out)
     remove_directory(_checkpoints(out))
 
-# %% ../nbs/reference/cli.ipynb #clwhole1
-def _whole_updates(adapter):
-    "Forms the whole updates of a DoRA; says so where its base is not here, and the errors are those of B A"
-    from lorasuite.core.loading import load_model
-    from lorasuite.stages.dora import whole_updates
-    try: return whole_updates(load_model(adapter.base, lazy=True))
-    except (OSError, ValueError):
-        warnings.warn(f'{adapter.base} cannot be read here, so the errors of this DoRA are those of B A alone')
-
 # %% ../nbs/reference/cli.ipynb #clwrite4
 def _write(adapter, out:Path, format:str, dtype:str, max_rank:int|None, compact:bool) -> dict:
     "Cut, round and save an adapter, in the first process; the errors of both"
     if not is_main_process(): return {}
     from lorasuite.core.ranks import base_dtype, DTYPES, shrink
-    dense = _whole_updates(adapter) if adapter.magnitudes else None
-    smaller, errors = shrink(adapter, max_rank, DTYPES.get(dtype) or base_dtype(adapter.base), dense)
+    from lorasuite.stages.dora import whole_updates_of_base
+    type_ = DTYPES.get(dtype) or base_dtype(adapter.base)
+    smaller, errors = shrink(adapter, max_rank, type_, whole_updates_of_base(adapter))
     smaller.save(out, format, **(dict(compact=True) if compact else {}))
     remove_directory(_checkpoints(out))
     return errors
@@ -374,22 +366,21 @@ def align_command(old:_Old, new:_New, out:_Out, texts:_Texts=None, method:_Metho
 def _refit(adapter, alignment, questions:list[dict], prompts):
     "Transfer an adapter and refit it on questions, with the models that the alignment names"
     from lorasuite.core.loading import load_model
+    from lorasuite.stages.added_tokens import take_tokens
+    from lorasuite.stages.whole_weights import weights_to_updates
     from lorasuite.training.refit import best_refit
+    adapter, tokens = take_tokens(adapter, alignment.old.name, alignment.new.name)
+    if tokens: raise ValueError('--inputs: an adapter with added tokens cannot be refitted: leave it out')
     old, new = (load_model(model.name) for model in (alignment.old, alignment.new))
+    if adapter.weights: adapter = weights_to_updates(adapter, old)
     return best_refit(adapter, alignment, old, new, questions, _show_progress(), prompts)
+
 
 # %% ../nbs/reference/cli.ipynb #clbrough
 def _brought(adapter) -> dict[str, str]:
     "What to do before an adapter with added tokens is loaded, as its card says"
     lines = [line for line in adapter.card.splitlines() if adapter.tokenizer and line.startswith('- tokens added: ')]
     return dict(tokens_added=lines[-1].removeprefix('- tokens added: ').replace('`', '')) if lines else {}
-
-# %% ../nbs/reference/cli.ipynb #bf99f363
-def _as_updates(adapter, old:str):
-    "An adapter with the change of its whole weights as updates"
-    from lorasuite.core.loading import load_model
-    from lorasuite.stages.whole_weights import weights_to_updates
-    return weights_to_updates(adapter, load_model(old))
 
 # %% ../nbs/reference/cli.ipynb #factsfn
 _ELSEWHERE = ('SHA-256', '- skipped', '- versions:') # lines of a card that are said otherwise, or only there
@@ -403,23 +394,18 @@ def _facts(card:str) -> list[str]:
 def _transfer_one(adapter:str, alignment:Path, out:Path, inputs, prompts, columns, split, **options) -> dict:
     "Transfer a single adapter, with a refit where there are questions"
     from lorasuite.core.ranks import check_writing
-    from lorasuite.stages.added_tokens import add_tokens, take_tokens
     from lorasuite.stages.alignment import Alignment
     from lorasuite.stages.card import skipped_by_reason
+    from lorasuite.stages.many import carry_whole
     from lorasuite.stages.pairing import check_pair
-    from lorasuite.stages.transfer import transfer
     written = {name: options[name] for name in ('format', 'dtype', 'compact')}
     source = _load_adapter(adapter, options['adapter_name'])
     maps = Alignment.load(alignment)
     check_pair(source, maps, options['force'])
     check_writing(maps.new.name, **written)
-    source, tokens = take_tokens(source, maps.old.name, maps.new.name)
-    if source.weights: source = _as_updates(source, maps.old.name)
     questions = _examples(inputs, columns, split, labelled=False)
-    if questions and tokens: raise ValueError('--inputs: an adapter with added tokens cannot be refitted: leave it out')
-    carried = (_refit(source, maps, questions, prompts) if questions else
-               transfer(source, maps, options['plain_rank']))
-    if tokens: carried = add_tokens(carried, tokens, maps, maps.new.name)
+    if questions: carried = _refit(source, maps, questions, prompts)
+    else: carried = carry_whole(source, maps, options['plain_rank'])
     errors = _write(carried, out, max_rank=options['max_rank'], **written)
     found = dict(out=str(out), adapter=str(carried), facts=_facts(carried.card)) | _brought(carried)
     return found | errors | dict(skipped=skipped_by_reason(carried))

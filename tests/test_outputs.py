@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 import pytest
+import torch
 from models import error
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -84,13 +85,21 @@ def test_refused_before_any_work(commands, tmp_path, monkeypatch, command, make,
 @pytest.mark.parametrize('command, beyond', [
     ('align', 100_000), ('transfer', 100_000), ('upgrade', 100_000), ('finetune', 1_000_000), ('refresh', 20_000),
     ('refresh', 1_000_000)])
-def test_the_disk_fills_up(commands, tmp_path, command, beyond):
+def test_the_disk_fills_up(commands, tmp_path, monkeypatch, command, beyond):
+    monkeypatch.setattr('lorasuite.stages.cka._mapped_zeros', lambda file, size: torch.zeros(size)) # as on another disk
     with disk_full(beyond): result = run(commands[command], tmp_path/'out')
     told = [line for line in result.stderr.splitlines() if ' examples, read from ' not in line]
     assert result.exit_code == 2 and len(told) == 1
     assert f'cannot write {tmp_path}/' in result.stderr and 'make room' in result.stderr
     assert {p.name for p in tmp_path.iterdir()} <= {'.out-checkpoints'}
     assert run(commands[command], tmp_path/'out').exit_code == 0 and [p.name for p in tmp_path.iterdir()] == ['out']
+
+@pytest.mark.parametrize('command', ['align', 'upgrade'])
+def test_the_disk_of_temporary_files_fills_up(commands, tmp_path, command):
+    with disk_full(100_000): result = run(commands[command], tmp_path/'out')
+    told = [line for line in result.stderr.splitlines() if ' examples, read from ' not in line]
+    assert result.exit_code == 2 and len(told) == 1 and not [*tmp_path.iterdir()]
+    assert 'cannot write ' in result.stderr and 'or set TMPDIR to a directory with room' in result.stderr
 
 HOLDER = """
 import sys, time

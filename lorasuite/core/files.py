@@ -183,15 +183,15 @@ def parsing(
 # %% ../../nbs/reference/files.ipynb #102cb447
 @contextmanager
 def writing(
-    path:str|os.PathLike, # what is written, for messages
+    path:str|os.PathLike,              # what is written, for messages
+    instead:str='name another output', # what helps where there is no room, for messages
 ):
     "Turn whatever keeps a library from writing into an `OSError` that names `path`"
     from safetensors import SafetensorError
     try: yield
     except (OSError, RuntimeError, SafetensorError) as e:
         why = getattr(e, 'strerror', None) or e
-        remedy = 'make room or get permission there, or name another output'
-        raise OSError(f'cannot write {path} ({why}): {remedy}') from None
+        raise OSError(f'cannot write {path} ({why}): make room or get permission there, or {instead}') from None
 
 # %% ../../nbs/reference/files.ipynb #ad88da2a
 def check_output(

@@ -31,6 +31,7 @@ from .added_tokens import add_tokens, take_tokens
 from .alignment import Alignment
 from .alignment_files import alignment_checksum
 from .card import skipped_by_reason
+from .dora import whole_updates_of_base
 from .pairing import check_base_of, check_models
 from .transfer import transfer
 from .whole_weights import weights_to_updates
@@ -241,7 +242,8 @@ def _write(
     options = job.options
     check_base_of(adapter, alignment, options.force)
     carried = carry_whole(adapter, alignment, options.plain_rank)
-    smaller, errors = shrink(carried, options.max_rank, DTYPES.get(options.dtype) or base_dtype(carried.base))
+    dtype = DTYPES.get(options.dtype) or base_dtype(carried.base)
+    smaller, errors = shrink(carried, options.max_rank, dtype, whole_updates_of_base(carried))
     smaller.save(job.out, options.format, **(dict(compact=True) if options.compact else {}))
     count = len(carried.updates) + len(carried.embeddings)
     return dict(carried=count, skipped=skipped_by_reason(carried), energy=_energy_kept(carried.card)) | errors

@@ -368,6 +368,25 @@ def check_plain(
     if not adapter.magnitudes:
         raise ValueError(f'plain_rank={plain_rank} is for a DoRA, which the adapter is not: leave it out')
 
+# %% ../../nbs/course/12_transfer.ipynb #carryfactors
+def _carry_factors(
+    adapter:Adapter,        # whose modules are named after the old model
+    alignment:Alignment,    # of the old model with the new
+) -> Adapter: # without a card
+    "Carry the updates and rows of an adapter; raises `ValueError` where nothing has a place"
+    new = alignment.new
+    updates, outside = split_by_role(adapter, alignment.old)
+    same = {path: adapter.updates[path] for path in outside if path in alignment.same_outside}
+    head, table, unsupported = transfer_embeddings(adapter, alignment)
+    rows, unknown = transfer_rows(adapter, alignment)
+    outside = {path: _in_new(path, why, new) for path, why in outside.items() if path not in same}
+    skipped = adapter.skipped | outside | unsupported | unmatched_updates(updates, alignment) | unknown
+    moved = _all_blocks(updates, alignment) | same | head
+    if not moved | table | rows: raise no_place(skipped)
+    rows = {path: (ids, X.float()) for path, (ids, X) in rows.items()}
+    return Adapter(in_float32(moved), new.name, new.layers, embeddings=in_float32(table), rows=rows, skipped=skipped,
+                   parameters=new.stored_parameters(moved | table), modules=new.names().all_modules())
+
 # %% ../../nbs/course/12_transfer.ipynb #s4d332cc
 @checked()
 def transfer(
@@ -381,19 +400,8 @@ def transfer(
         from lorasuite.stages.dora import transfer_dora
         return transfer_dora(adapter, alignment, plain_rank, plain_rank is not None)
     if plain_rank is not None: check_plain(adapter, plain_rank)
-    adapter, new = adapter.named_for(alignment.old), alignment.new
-    updates, outside = split_by_role(adapter, alignment.old)
-    same = {path: adapter.updates[path] for path in outside if path in alignment.same_outside}
-    blocks = _all_blocks(updates, alignment)
-    head, table, unsupported = transfer_embeddings(adapter, alignment)
-    rows, unknown = transfer_rows(adapter, alignment)
-    outside = {path: _in_new(path, why, new) for path, why in outside.items() if path not in same}
-    skipped = outside | unsupported | unmatched_updates(updates, alignment) | unknown
-    if not blocks | same | head | table | rows: raise no_place(adapter.skipped | skipped)
-    carried = Adapter(in_float32(blocks | same | head), new.name, new.layers, embeddings=in_float32(table),
-                      rows={path: (ids, X.float()) for path, (ids, X) in rows.items()},
-                      skipped=adapter.skipped | skipped, parameters=new.stored_parameters(blocks | same | head | table),
-                      modules=new.names().all_modules())
+    adapter = adapter.named_for(alignment.old)
+    carried = _carry_factors(adapter, alignment)
     if adapter.biases:
         from lorasuite.stages.biases import transfer_biases
         carried = transfer_biases(adapter, carried, alignment)

@@ -18,7 +18,7 @@ from ..core.model import Decoder
 from ..core.settings import checked
 from ..stages.alignment import Alignment, Pair
 from ..stages.block_maps import split_role
-from ..stages.cka import matching_positions, read_texts
+from ..stages.cka import matching_rows, read_texts
 from ..stages.transfer import group_by_module, in_float32, split_by_role, transfer, transfer_update
 from .evaluate import evaluate
 from .prompts import ask_all, Prompts, prompts_of_both, question_key, question_places, Renderer
@@ -34,17 +34,6 @@ def ridge_towards(
     S = X@X.T
     S = S + strength*S.trace()/X.shape[1]*torch.eye(len(S), dtype=S.dtype)
     return A + torch.linalg.solve(S, Z - X@A.T).T@X
-
-# %% ../../nbs/course/19_refit.ipynb #e6f4d7cb
-def _common_positions(
-    spans:list[list[tuple[int, int]]],  # of each text: where each token of the old model starts and ends
-    spans2:list[list[tuple[int, int]]], # the same of the new model
-) -> Tensor: # (n, 3) text, token of the old model, token of the new model
-    "Where two tokenizations of some texts meet"
-    met = []
-    for text, (one, other) in enumerate(zip(spans, spans2)):
-        met += [(text, a, b) for a, b in matching_positions(one, other)]
-    return torch.tensor(met)
 
 # %% ../../nbs/course/19_refit.ipynb #94fad300
 MAX_POSITIONS = 2000 # of all texts together, about
@@ -77,9 +66,8 @@ def paired_positions(
     share = -(-MAX_POSITIONS*batch_size//len(texts))
     for i in range(0, len(texts), batch_size):
         (ids, spans), (ids2, spans2) = (read(texts[i:i+batch_size]) for read in readers)
-        met = _common_positions(spans, spans2)
-        if not len(met): continue
-        text, at, at2 = met[torch.linspace(0, len(met)-1, min(len(met), share)).long()].T
+        text, at, at2 = matching_rows(spans, spans2, share).T
+        if not len(text): continue
         batches.append((ids, text*ids.shape[1] + at))
         batches2.append((ids2, text*ids2.shape[1] + at2))
     if not batches:

@@ -806,6 +806,16 @@ def _source(
     found = dict(name=str(name), sha256=file_hash(file))
     return found | (dict(base_revision=str(config.revision)) if config.revision else {})
 
+# %% ../../../nbs/reference/formats.ipynb #factorsfn
+def _factors(
+    tensors:dict[str, Tensor], # key in the file: tensor
+) -> tuple[dict[str, Tensor], dict[str, str]]: # those of updates of linear maps; path of any other: why it is left out
+    "Keep the factors of linear maps of the text model"
+    found = {k: t for k, t in tensors.items() if not _full_weight(k) and not k.endswith(_ROWS)}
+    left_out = {_path_of_factor(k): _TASK for k in found if _of_task_head(k)}
+    left_out |= dict.fromkeys(_convolutions(found), _CONVOLUTION)
+    return {k: t for k, t in found.items() if _path_of_factor(k) not in left_out}, left_out
+
 # %% ../../../nbs/reference/formats.ipynb #553a629c
 def read(
     name:str|os.PathLike,       # a directory, a file in it, `zoo/…`, or a Hub id
@@ -822,10 +832,7 @@ def read(
     check_patterns(config, {*map(_path_of_factor, tensors)}, folder/SETTINGS)
     with parsing(file): rows = _token_rows(tensors, config, file)
     weights, skipped = _full_weights(tensors)
-    factors = {k: t for k, t in tensors.items() if not _full_weight(k) and not k.endswith(_ROWS)}
-    left_out = {_path_of_factor(k): _TASK for k in factors if _of_task_head(k)}
-    left_out |= dict.fromkeys(_convolutions(factors), _CONVOLUTION)
-    factors = {k: t for k, t in factors.items() if _path_of_factor(k) not in left_out}
+    factors, left_out = _factors(tensors)
     found = READERS[_kind(config)](factors, config, file)
     adapter = replace(strip_adapter(found, file), base=config.base_model_name_or_path or '', rows=rows, weights=weights,
                       skipped=found.skipped | skipped | left_out, card=_read_card(folder),
