@@ -53,7 +53,9 @@ def _result_lines(
 ) -> Iterator[str]:
     "A line for each value; a list of lines as it is, names by reason in a line for each reason"
     for name, value in result.items():
-        if name == 'skipped': yield from (f'{name}, {why}: {shortened(some, _NAMED)}' for why, some in value.items())
+        said = name.replace('_', ' ')
+        if 'skipped' in name: yield from (f'{said}, {why}: {shortened(some, _NAMED)}' for why, some in value.items())
+        elif 'whole_weights' in name: yield f'{said}, put on the model as they are: {shortened(value, _NAMED)}'
         elif name == 'facts': yield from value
         elif value != {}: yield f'{name}: {value}'
 
@@ -176,7 +178,8 @@ def _command(f:Callable) -> Callable:
 
 # %% ../nbs/reference/cli.ipynb #3eca0245
 _Old = Annotated[str, typer.Argument(
-    metavar='OLD', help='model that the adapter was trained on: a directory, a Hub id, or zoo/old')]
+    metavar='OLD', help='model that the adapter was trained on: a directory, a Hub id (org/name, or org/name@'
+                        'revision), or zoo/old')]
 _New = Annotated[str, typer.Argument(metavar='NEW', help='model that shall have the adapter')]
 _Source = Annotated[str, typer.Argument(metavar='ADAPTER', help='directory or Hub id of a PEFT LoRA adapter')]
 _Which = Annotated[Optional[str], typer.Option(
@@ -318,6 +321,14 @@ def _load_adapter(name:str|None, which:str|None):
     if which and not name: raise ValueError(f'--adapter-name {which}: there is no adapter to choose it from')
     return Adapter.load(name, adapter_name=which) if name else None
 
+# %% ../nbs/reference/cli.ipynb #besidefn1
+def _beside_updates(adapter, suffix:str='') -> dict:
+    "What an adapter of its own base has besides updates, and what its model does without"
+    from lorasuite.stages.card import left_out
+    if adapter is None: return {}
+    whole = {f'whole_weights{suffix}': [*adapter.weights]} if adapter.weights else {}
+    return whole | {f'skipped{suffix}': left_out(adapter)}
+
 # %% ../nbs/reference/cli.ipynb #15a1af63
 @_command
 def demo_command(
@@ -374,7 +385,6 @@ def _refit(adapter, alignment, questions:list[dict], prompts):
     old, new = (load_model(model.name) for model in (alignment.old, alignment.new))
     if adapter.weights: adapter = weights_to_updates(adapter, old)
     return best_refit(adapter, alignment, old, new, questions, _show_progress(), prompts)
-
 
 # %% ../nbs/reference/cli.ipynb #clbrough
 def _brought(adapter) -> dict[str, str]:
@@ -489,7 +499,6 @@ def finetune_command(
     "Tune an adapter on labelled examples. Interrupted, it resumes from the last checkpoint when started again."
     from lorasuite.core.loading import load_model
     from lorasuite.stages.added_tokens import with_tokens
-    from lorasuite.stages.card import left_out
     from lorasuite.stages.pairing import warn_of_base
     from lorasuite.training.finetune import finetune
     from lorasuite.training.prompts import Renderer
@@ -504,7 +513,7 @@ def finetune_command(
         checkpoints=_checkpoints(out), progress=_show_progress(), **_training_options(schedule, warmup, bf16, prune))
     _finish(tuned, out)
     found = dict(out=str(out), adapter=str(tuned), prompt=str(Renderer.of(decoder, prompts))) | _costs(run)
-    return found | dict(skipped=left_out(tuned))
+    return found | _beside_updates(tuned)
 
 # %% ../nbs/reference/cli.ipynb #9fd5d19f
 def _teach(teacher, adapter, questions:list[dict], folder:Path, longest:int, first_line:bool, prompts) -> list[dict]:
@@ -540,7 +549,6 @@ def refresh_command(
     from lorasuite.core.adapter import check_fit
     from lorasuite.core.loading import load_model
     from lorasuite.stages.added_tokens import with_tokens
-    from lorasuite.stages.card import skipped_by_reason
     from lorasuite.stages.pairing import warn_of_base
     from lorasuite.training.refresh import refresh
     from lorasuite.training.upgrade import check_prompts
@@ -560,8 +568,8 @@ def refresh_command(
         rank=rank, seed=seed, prompts=students, checkpoints=_checkpoints(out), progress=_show_progress())
     _finish(refreshed, out)
     counts = dict(inputs=len(questions), answered=len(taught), labelled=len(labelled))
-    skipped = dict(skipped_of_specialist=skipped_by_reason(specialist), skipped=skipped_by_reason(refreshed))
-    return dict(out=str(out), adapter=str(refreshed)) | counts | _costs(run) | skipped
+    beside = _beside_updates(specialist, '_of_specialist') | _beside_updates(refreshed)
+    return dict(out=str(out), adapter=str(refreshed)) | counts | _costs(run) | beside
 
 # %% ../nbs/reference/cli.ipynb #01efa198
 @_command
@@ -580,7 +588,6 @@ def evaluate_command(
     if not (data or tasks): raise ValueError('what to evaluate on? give --data FILE, or --tasks NAMES')
     from lorasuite.core.loading import load_model
     from lorasuite.stages.added_tokens import with_tokens
-    from lorasuite.stages.card import left_out
     from lorasuite.stages.pairing import warn_of_base
     from lorasuite.training.evaluate import benchmark, CHAIN_OF_THOUGHT, check_tasks, evaluate, MATCHES
     from lorasuite.training.prompts import Renderer
@@ -599,7 +606,7 @@ def evaluate_command(
         seconds = round(score.seconds, 1)
         report |= dict(accuracy=score.accuracy, interval=score.interval, questions=len(rows), seconds=seconds)
     if names: report['benchmarks'] = benchmark(decoder, names, worn)
-    return report | (dict(skipped=left_out(worn)) if worn else {})
+    return report | _beside_updates(worn)
 
 # %% ../nbs/reference/cli.ipynb #955ad175
 @_command
@@ -643,7 +650,9 @@ def _base_of(source, adapter:str, base:str|None):
     from lorasuite.stages.pairing import warn_of_base
     if not (base or source.base): raise ValueError(f'{adapter} names no base model: give --base MODEL')
     if base: warn_of_base(source, base)
-    try: return with_tokens(load_skeleton(base or source.base), source)
+    revision = source.source.get('base_revision')
+    own = f'{source.base}@{revision}' if revision and '/' in source.base else source.base
+    try: return with_tokens(load_skeleton(base or own), source)
     except OSError as e:
         if base: raise
         raise ValueError(f'the base that {adapter} names cannot be read ({e}): give --base MODEL') from None
@@ -677,11 +686,10 @@ def convert_command(
 ):
     "Write an adapter in other files: for PEFT, mlx-lm or llama.cpp. Its model stays the same."
     from lorasuite.core.ranks import check_writing
-    from lorasuite.stages.card import skipped_by_reason
     source = _load_for(adapter, base, max_rank)
     check_writing(source.base, format, dtype, compact)
     errors = _write(source, out, format, dtype, max_rank, compact)
-    return dict(out=str(out), adapter=str(source)) | errors | dict(skipped=skipped_by_reason(source))
+    return dict(out=str(out), adapter=str(source)) | errors | _beside_updates(source)
 
 # %% ../nbs/reference/cli.ipynb #012ab6e7
 if __name__ == '__main__' and '__file__' in globals(): app()

@@ -19,6 +19,18 @@ def random_decoder(tokenizer, family='llama', hidden=64, layers=4, heads=4, kv_h
         if name.endswith('bias'): p.data.normal_(std=.5)
     return Decoder(model, tokenizer, f'random/{family}')
 
+def as_phi(decoder):
+    "A Phi-3 that computes what a Llama does"
+    sizes = dict(hidden=64, layers=4, heads=4, kv_heads=2, intermediate=96, rms_norm_eps=1e-6)
+    phi = random_decoder(decoder.tokenizer, 'phi3', **sizes)
+    own, found = decoder.model.state_dict(), {}
+    for name in phi.model.state_dict():
+        parts = dict(qkv_proj=['q_proj', 'k_proj', 'v_proj'], gate_up_proj=['gate_proj', 'up_proj'])
+        fused = next((fused for fused in parts if fused in name), None)
+        found[name] = torch.cat([own[name.replace(fused, p)] for p in parts[fused]]) if fused else own[name]
+    phi.model.load_state_dict(found)
+    return phi
+
 def random_adapter(adapter, seed=0):
     "The same adapter with a random B: as if it had been trained"
     torch.manual_seed(seed)

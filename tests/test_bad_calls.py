@@ -12,17 +12,23 @@ from lorasuite.core.loading import load_skeleton
 from lorasuite.core.model import Decoder
 from lorasuite.core.ranks import shrink
 from lorasuite.core.settings import checked, SCHEDULES
-from lorasuite.core.tokens import shared_tokens
-from lorasuite.stages.head_mapping import head_rows, row_cosines
+from lorasuite.core.tokens import check_ids, shared_tokens
+from lorasuite.stages.block_maps import map_writer
+from lorasuite.stages.cka import centred_features, cka_table
+from lorasuite.stages.dora import fit_dora
+from lorasuite.stages.embeddings import map_rows
+from lorasuite.stages.head_mapping import head_rows, head_similarity, row_cosines
+from lorasuite.stages.layer_mapping import layer_map
 from lorasuite.stages.paper import pseudo_inverse
 from lorasuite.stages.transfer_matrix import stream_maps, transfer_matrix
 from lorasuite.training.evaluate import bits_per_byte, generate
 from lorasuite.training.examples import load_data
 from lorasuite.training.finetune import init_adapter
-from lorasuite.training.prompts import ask_all, Prompts, Renderer
+from lorasuite.training.prompts import ask_all, Prompts, Renderer, with_answer
 from lorasuite.training.refit import agreement, best_refit, refit
-from lorasuite.training.refresh import distillation_data, pseudo_label
+from lorasuite.training.refresh import distillation_data, pseudo_label, SoftTargetLoss
 from lorasuite.training.trainer import split_batch
+from lorasuite.tuners.lora2 import check_phases
 
 GOOD = dict(instruction='Who?', input='', output='Ann')
 CHAT = [dict(role='user', content='Who?'), dict(role='assistant', content='Ann')]
@@ -286,6 +292,27 @@ CALLS = dict( # call on (old, new, alignment, adapter, a file), what the message
     a_path_as_block=(lambda o, n, m, a, f: head_rows('zoo/old'), 'block is str .*Block belongs'),
     tokens_of_a_name=(lambda o, n, m, a, f: shared_tokens('zoo/old', n), 'old is str .*Decoder belongs'),
     no_tensor=(lambda o, n, m, a, f: stream_maps([[1.]], torch.ones(1, 1)), 'E is list .*Tensor belongs'),
+    role=(lambda o, n, m, a, f: o.path(0, 'wide'), "layer 0 of zoo/old has no role 'wide': it has q, k"),
+    role_of_a_block=(lambda o, n, m, a, f: read_block(o, 0).weight('wide'), "layers.0 has no role 'wide'"),
+    layer_of_a_model=(lambda o, n, m, a, f: m.new.path(99, 'q'), 'zoo/new has no layer 99: its layers are 0 to'),
+    layer_below_zero=(lambda o, n, m, a, f: m.old.shape(-1, 'q'), 'zoo/old has no layer -1'),
+    another_stream=(lambda o, n, m, a, f: head_rows(read_block(o, 0), torch.eye(3).double()), 'seen has 3 rows'),
+    ids_a_text=(lambda o, n, m, a, f: check_ids('zzz', n.tokenizer, 9, 'zoo/new'), r'ids is str .*Iterable\[int\]'),
+    a_model_as_gguf=(lambda o, n, m, a, f: Adapter.load('zoo/old', format='gguf'), '0 files of the kind .gguf'),
+    no_rows_of_heads=(lambda o, n, m, a, f: head_similarity({}, {}), 'no rows of the role q: blocks are compared by'),
+    no_question=(lambda o, n, m, a, f: with_answer({}, 'Ann'), 'an example has .* but this one has nothing'),
+    modules_of_a_layer=(lambda o, n, m, a, f: o.adds(-1), 'zoo/old has no layer -1'),
+    no_norm=(lambda o, n, m, a, f: map_writer(torch.ones(2, 1), {}, 'o', torch.eye(2)), "no norm is known at 'o'"),
+    compared=(lambda o, n, m, a, f: cka_table(o, n, ['some words']*9, 'all'), "compare='all': choose updates"),
+    few_rows=(lambda o, n, m, a, f: cka_table(o, n, rows=3), 'rows=3: layers are compared at 4 positions or more'),
+    three_positions=(lambda o, n, m, a, f: centred_features(torch.ones(3, 2)), 'at least 4 rows, not 3'),
+    partners=(lambda o, n, m, a, f: layer_map(torch.ones(2, 2), torch.ones(2, 3).bool()), r'allowed has .* \(2, 3\)'),
+    no_round=(lambda o, n, m, a, f: fit_dora(torch.eye(2), torch.eye(2), 1, rounds=0), 'rounds=0: give 1 or more'),
+    an_end=(lambda o, n, m, a, f: map_rows(torch.ones(1, 64), 'middle', m), "end='middle': choose embedding or head"),
+    unlike_answers=(lambda o, n, m, a, f: agreement(['a'], []), '1 answers and 0 others'),
+    no_stop=(lambda o, n, m, a, f: generate(n.model, n.tokenizer, ['a'], stop=''), 'stop is empty'),
+    no_phases=(lambda o, n, m, a, f: check_phases((), 'pruning'), r'phases=\(\): pruning begins'),
+    no_soft_target=(lambda o, n, m, a, f: SoftTargetLoss.of([]), 'rows is empty'),
 )
 
 @pytest.mark.parametrize('name', CALLS)

@@ -103,6 +103,13 @@ def test_names_are_checked_first():
     with pytest.raises(ValueError, match='no name is near'): check_tasks(['§§§'])
     assert {*COMMONSENSE} <= {*_task_index().all_tasks}
 
+def test_an_unknown_task_is_refused_before_all_are_listed(monkeypatch):
+    "The list of lm-eval takes a quarter of a minute"
+    def listed(named): raise AssertionError('the list was made')
+    monkeypatch.setattr('lorasuite.training.evaluate._task_index', listed)
+    with pytest.raises(ValueError, match="lm-eval has no task 'boolqq': boolq"): check_tasks(['piqa', 'boolqq'])
+    with pytest.raises(AssertionError, match='the list was made'): check_tasks(['piqa'])
+
 def test_without_lm_eval(monkeypatch, old, file):
     _task_index.cache_clear()
     monkeypatch.setitem(sys.modules, 'lm_eval.tasks', None)
@@ -116,6 +123,7 @@ def test_command(monkeypatch, file, tmp_path):
     (tmp_path/'words.yaml').write_text(json.dumps(writing(file)))
     local = TaskManager(include_path=str(tmp_path), include_defaults=False)
     monkeypatch.setattr(module, '_task_index', lambda named: local)
+    monkeypatch.setattr(module, '_task_texts', list) # of lm-eval's own tasks
     run = lambda *args: CliRunner().invoke(app, ['evaluate', 'zoo/old', '--adapter', 'zoo/adapter', *args])
     rows = json.loads(run('--tasks', 'village_words', '--json').stdout)['benchmarks']
     assert values(rows)['village_words', 'exact_match (stripped)'] > .8

@@ -10,7 +10,8 @@ from lorasuite.training.evaluate import evaluate, generate
 from lorasuite.training.examples import encode, load_data
 from lorasuite.training.finetune import finetune
 from lorasuite.training.prompts import (
-    ask_all, as_messages, ChatTemplate, drop_thoughts, encode_all, Prompts, question_places, Renderer, with_answer
+    ask_all, as_messages, ChatTemplate, drop_thoughts, encode_all, Prompts, question_places, Renderer, THINKING,
+    with_answer
 )
 from lorasuite.training.refit import best_refit, paired_positions
 from lorasuite.training.refresh import distillation_data, refresh, student_targets
@@ -119,6 +120,25 @@ def test_completions_are_learned_as_trl_learns_them(name, make, trl_rows, tmp_pa
     tokenizer = make(source(name))
     assert [encode(e, tokenizer) for e in load_data(file)] == trl_rows(tokenizer, rows)
 
+CALLING = ("{%- if tools -%}{{- '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' -}}{%- endif -%}"
+           + CHATML.replace("m.content + '<|im_end|>", "m.content + (m.tool_calls | tojson if m.tool_calls else '') "
+                            "+ '<|im_end|>"))
+
+def test_tools_of_sharegpt_are_learned_as_trl_learns_them(make, trl_rows, tmp_path, monkeypatch):
+    "ShareGPT's form with a call, and what TRL makes of the same chat under its own names"
+    call = dict(name='look', arguments=dict(at='Arden'))
+    tools = [dict(type='function', function=dict(name='look', description='Look.', parameters=dict(type='object')))]
+    turns = [('human', 'Who keeps a cat?'), ('function_call', json.dumps(call)), ('observation', '7'), ('gpt', 'Ann.')]
+    row = dict(conversations=[{'from': role, 'value': text} for role, text in turns], tools=json.dumps(tools))
+    (tmp_path/'share.json').write_text(json.dumps([row]))
+    chat = [TALK[0], said('assistant', '') | dict(tool_calls=[dict(type='function', function=call)]), said('tool', '7'),
+            TALK[1]]
+    monkeypatch.setitem(TEMPLATES, 'calling', CALLING)
+    theirs = trl_rows(make(source('calling', marked=True)), [dict(messages=chat, tools=tools)],
+                      assistant_only_loss=True)
+    assert [encode(e, make(source('calling'))) for e in load_data(tmp_path/'share.json')] == theirs
+    assert '"name": "look"' in learned(make(CHATML), theirs[0]) and '7' not in learned(make(CHATML), theirs[0])
+
 def test_texts_are_learned_as_trl_learns_them(tokenizer, make, trl_rows, tmp_path):
     pairs = [dict(prompt='Ann keeps a', completion=' cat.'), dict(prompt='Q: who?\nA: ', completion='Bob')]
     texts = [dict(text='Ann keeps a cat.'), dict(text='It ends.<eos>')]
@@ -220,6 +240,89 @@ def test_a_base_without_a_template(tokenizer, make):
     with pytest.raises(ValueError, match='has no chat template'): Renderer(tokenizer, Prompts('chat'))
     given = Renderer(tokenizer, Prompts(template='{% for m in messages %}{{ m.content + eos_token }}{% endfor %}'))
     assert given.text(dict(instruction='Who?')) == 'Who?<eos>' and given.end == tokenizer.eos_token_id
+
+# ---- what becomes of thoughts, from the specialist's answers to the score
+
+SPOKEN = '<think>\nShe moved.\n</think>\n\nIn Arden'
+
+@pytest.fixture
+def thinker(make, tokenizer, monkeypatch):
+    "A model with a template like Qwen3's that answers everything with a thought before it"
+    found = random_decoder(tokenizer)
+    found.tokenizer = copy.deepcopy(tokenizer)
+    found.tokenizer.chat_template = source('qwen3').replace('<|im_end|>', '<eos>')
+    def answers(model, tokenizer, asked, *args, **kwargs): return [SPOKEN]*len(asked)
+    for stage in ('refresh', 'evaluate'): monkeypatch.setattr(f'lorasuite.training.{stage}.generate', answers)
+    return found
+
+def test_lessons_with_and_without_thoughts(thinker):
+    "Dropped, a thought leaves no trace in the doubts, which are still those that the specialist has behind it"
+    inputs = [dict(messages=THOUGHT + TALK[:1])]
+    taught = {how: distillation_data(thinker, inputs, prompts=Prompts(thinking=how))[0] for how in THINKING}
+    assert {how: row['answer'] for how, row in taught.items()} == dict(keep=SPOKEN, drop='In Arden', forbid='In Arden')
+    said = {how: b''.join(row['tokens']).decode() for how, row in taught.items()}
+    assert said == dict(keep=SPOKEN, drop='In Arden', forbid='In Arden')
+    length = len(taught['drop']['tokens'])
+    assert taught['drop']['chances'] == taught['keep']['chances'][-length:] != taught['forbid']['chances']
+    assert taught['drop']['options'] == taught['keep']['options'][-length:]
+
+@pytest.mark.parametrize('how, learned_text', [
+    ('keep', SPOKEN), ('drop', '<think>\n\n</think>\n\nIn Arden'), ('forbid', 'In Arden')])
+def test_what_a_student_learns_of_thoughts(how, learned_text, thinker):
+    prompts = Prompts(thinking=how)
+    taught = distillation_data(thinker, [dict(messages=TALK[:1])], prompts=prompts)
+    rows, loss = student_targets([*taught], thinker.tokenizer, 1., Renderer.of(thinker, prompts))
+    ids = [i for i, label in zip(rows[0]['input_ids'], rows[0]['labels']) if label != -100]
+    assert thinker.tokenizer.decode(ids) == learned_text + '<eos>\n'
+    soft = [(p > 0).sum().item() > 1 for p in loss.p]
+    answer = len(thinker.tokenizer('In Arden').input_ids)
+    assert sum(soft) >= len(soft) - 3 if how == 'keep' else sum(soft) <= answer + 3
+
+@pytest.mark.parametrize('how', THINKING)
+@pytest.mark.parametrize('answer', ['In Arden', SPOKEN])
+def test_answers_are_compared_without_thoughts(how, answer, thinker):
+    score = evaluate(thinker, [dict(messages=TALK[:1], answer=answer)], prompts=Prompts(thinking=how))
+    assert score.accuracy == 1 and score.answers == ['In Arden']
+    renderer = Renderer.of(thinker, Prompts(thinking=how))
+    assert renderer.thinks == (how != 'forbid')
+    assert str(renderer).endswith(dict(keep='template', drop='dropped', forbid='forbidden')[how])
+
+def test_a_specialist_that_only_thinks(thinker, monkeypatch):
+    monkeypatch.setattr('lorasuite.training.refresh.generate', lambda *args, **kwargs: ['<think>\nHm.\n</think>'])
+    with pytest.raises(ValueError, match='says anything but thoughts'):
+        distillation_data(thinker, [dict(messages=TALK[:1])], prompts=Prompts(thinking='drop'))
+
+def test_a_thought_that_the_template_opened(make, thinker, monkeypatch):
+    monkeypatch.setattr('lorasuite.training.refresh.generate', lambda *args, **kwargs: ['Hm.</think>In Arden'])
+    taught = distillation_data(thinker, [dict(messages=TALK[:1])])
+    assert taught[0]['answer'] == '<think>\nHm.</think>In Arden'
+
+def test_thoughts_in_a_plain_prompt(tokenizer):
+    example = dict(instruction='Where?', input='', output=SPOKEN, answer=SPOKEN)
+    assert learned(tokenizer, encode(example, tokenizer)) == f' {SPOKEN}<eos>'
+    for how in ('drop', 'forbid'):
+        prompts = Prompts(thinking=how)
+        assert learned(tokenizer, encode(example, tokenizer, prompts=prompts)) == ' In Arden<eos>'
+        ready = encode(dict(prompt='Where? ', output=SPOKEN), tokenizer, prompts=prompts)
+        assert learned(tokenizer, ready).strip() == 'In Arden<eos>'
+
+def test_a_template_that_cannot_forbid(make):
+    opened = source('chatml').replace("assistant\n' -}}{%- endif -%}", "assistant\n<think>\n' -}}{%- endif -%}")
+    with pytest.warns(UserWarning, match='has no form without thoughts'):
+        assert Renderer(make(opened), Prompts(thinking='forbid')).thinks
+    always = source('chatml').replace("{%gen%}", '').replace("{{- m.content + '<|im_end|>", "{{- '<think></think>' + "
+                                                             "m.content + '<|im_end|>", 1)
+    assert not Renderer(make(always), Prompts(thinking='forbid')).thinks
+
+@pytest.mark.parametrize('key', ['content', 'reasoning_content'])
+def test_thoughts_that_no_template_writes(key, make, tokenizer):
+    thought = said('assistant', SPOKEN if key == 'content' else 'In Arden') | {key: SPOKEN}
+    rows = [dict(messages=TALK[:1] + [thought]), dict(messages=TALK[:2])]
+    for made, lost in ((source('qwen3'), key != 'content'), (source('chatml'), key != 'content')):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            encode_all(Renderer(make(made)), rows)
+        assert [f'1 of 2 examples have thoughts (under {key})' in str(w.message) for w in caught] == [True]*lost
 
 # ---- files
 

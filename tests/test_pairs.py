@@ -11,6 +11,7 @@ from lorasuite.core.files import data_dir
 from lorasuite.core.loading import load_model, same_weights, weight_hashes
 from lorasuite.stages.alignment import align, Alignment
 from lorasuite.stages.pairing import base_doubt, pair_fault
+from lorasuite.stages.transfer import transfer
 from lorasuite.training.trainer import LightTrainer
 from lorasuite.cli import app
 
@@ -178,6 +179,34 @@ def test_models_and_revisions_of_the_hub(work, tmp_path, monkeypatch):
     alignment = align('org/old', 'org/new', ['Ann keeps a cat.']*5)
     assert (alignment.old.revision, alignment.new.revision) == ('b'*40, 'c'*40)
     assert alignment.old.sha256 == weight_hashes(str(work/'sibling'))
+
+def test_a_revision_is_part_of_a_name(work, tmp_path, monkeypatch):
+    "org/name@revision, of models and of adapters; what is written names both as PEFT does"
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'hub'))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    places = (('org/old', ZOO/'old', 'a', 'v1'), ('org/old', work/'sibling', 'b', 'main'),
+              ('org/new', ZOO/'new', 'c', 'main'), ('org/adapter', ZOO/'adapter', 'd', 'v2'))
+    for name, folder, letter, branch in places: fetched(tmp_path/'hub', name, folder, letter*40, branch)
+    assert weight_hashes('org/old@v1') == weight_hashes('zoo/old') != weight_hashes('org/old')
+    assert weight_hashes('org/old@' + 'a'*40) == weight_hashes('zoo/old')
+    shutil.copytree(ZOO/'adapter', tmp_path/'adapter')
+    file = tmp_path/'adapter'/'adapter_config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(base_model_name_or_path='org/old', revision='v1')))
+    adapter = Adapter.load(tmp_path/'adapter')
+    assert 'give org/old@v1' in base_doubt(adapter, 'org/old') and base_doubt(adapter, 'org/old@v1') is None
+    same = Adapter.load('org/adapter@v2')
+    assert same.updates.keys() == adapter.updates.keys() and same.source['name'] == 'org/adapter@v2'
+    maps = align('org/old@v1', 'org/new@main', ['Ann keeps a cat.']*5)
+    assert (maps.old.revision, maps.new.revision) == ('a'*40, 'c'*40)
+    assert pair_fault(adapter, maps) is None
+    transfer(adapter, maps).save(tmp_path/'carried')
+    said = json.loads((tmp_path/'carried'/'adapter_config.json').read_text())
+    assert (said['base_model_name_or_path'], said['revision']) == ('org/new', 'main')
+    assert 'base_model: org/new\n' in (tmp_path/'carried'/'README.md').read_text()
+    assert base_doubt(Adapter.load(tmp_path/'carried'), 'org/new@main') is None
+    for name in ('org/old@v9', 'org/none@v1'):
+        with pytest.raises(FileNotFoundError, match=f'no revision {name[-2:]} of {name[:-3]}.*HF_HUB_OFFLINE'):
+            load_model(name)
 
 @pytest.mark.parametrize('args', [['evaluate', 'zoo/adapter', '--data', 'DATA'], ['align', 'zoo/adapter', 'zoo/new'],
                                   ['inspect', 'zoo/adapter', 'zoo/new'], ['finetune', 'zoo/adapter', '--data', 'DATA']])

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner
-from models import effect_error, error, logits, only, random_adapter, random_decoder, tokens
+from models import as_phi, effect_error, error, logits, only, random_adapter, random_decoder, tokens
 from test_laws import enlarge
 from lorasuite.cli import app
 from lorasuite.core.adapter import Adapter
@@ -286,18 +286,6 @@ def test_names_of_quantised_bases(folder):
     assert named.base == 'unsloth/llama-3-8b-bnb-4bit'
 
 # ---- fused and split projections
-
-def as_phi(decoder):
-    "A Phi-3 that computes what a Llama does"
-    sizes = dict(hidden=64, layers=4, heads=4, kv_heads=2, intermediate=96, rms_norm_eps=1e-6)
-    phi = random_decoder(decoder.tokenizer, 'phi3', **sizes)
-    own, found = decoder.model.state_dict(), {}
-    for name in phi.model.state_dict():
-        parts = dict(qkv_proj=['q_proj', 'k_proj', 'v_proj'], gate_up_proj=['gate_proj', 'up_proj'])
-        fused = next((fused for fused in parts if fused in name), None)
-        found[name] = torch.cat([own[name.replace(fused, p)] for p in parts[fused]]) if fused else own[name]
-    phi.model.load_state_dict(found)
-    return phi
 
 FUSED = ['q_proj', 'k_proj', 'v_proj', 'gate_proj', 'up_proj']
 

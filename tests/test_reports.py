@@ -1,20 +1,26 @@
 """Public reports about adapters: for each a small input of our own, its thread, and the right value"""
-import copy, json, re, shutil, warnings
+import copy, json, re, shutil, sys, warnings
+from pathlib import Path
 import pytest, torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
-from models import error, logits, random_decoder, tokens
+from models import as_phi, error, logits, random_decoder, tokens
 from lorasuite.cli import app
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.containers import SETTINGS
 from lorasuite.core.files import data_dir
 from lorasuite.core.keys import PREFIX, unquantised_name
 from lorasuite.core.loading import load_model
+from lorasuite.core.model import Decoder
+from lorasuite.forecast.inspection import preview_transfer
+from lorasuite.lab.zoo import new_tokenizer
 from lorasuite.stages.alignment import align
 from lorasuite.stages.pairing import base_doubt
 from lorasuite.stages.transfer import transfer
+sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
+from census_models import tiny_model, TOKENS
 
 FILE, ZOO = 'adapter_model.safetensors', data_dir()/'zoo'
 Q = 'model.layers.0.self_attn.q_proj'
@@ -280,6 +286,19 @@ def test_one_alpha_for_mixed_ranks(decoder, tmp_path):
     assert said['r'] == said['lora_alpha'] == 8 and not said['rank_pattern'] and not said['alpha_pattern']
     assert error(logits(decoder, tokens(), Adapter.load(tmp_path/'b')), true) <= 1e-5
 
+@quiet
+def test_one_rank_on_a_fused_model(decoder, tmp_path):
+    "ggml-org/llama.cpp#8332: rank 16 of separate projections is rank 32 and 48 of fused ones"
+    phi = as_phi(decoder)
+    leaves = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
+    true = of_peft(trained(decoder.model, tmp_path/'a', target_modules=leaves, r=16, lora_alpha=16))
+    carried = transfer(Adapter.load(tmp_path/'a'), align(decoder, phi, FEW))
+    carried.save(tmp_path/'b')
+    said, tensors = json.loads((tmp_path/'b'/SETTINGS).read_text()), load_file(tmp_path/'b'/FILE)
+    assert said['r'] == said['lora_alpha'] == 48 and not (said['rank_pattern'] or said['alpha_pattern'])
+    assert {t.shape[0 if '.lora_A.' in key else 1] for key, t in tensors.items()} == {48}
+    assert error(of_peft(PeftModel.from_pretrained(copy.deepcopy(phi.model), tmp_path/'b').eval()), true) <= 1e-3
+
 @pytest.mark.parametrize('r', [64, 1, 0, -1, '2'])
 def test_a_rank_that_the_tensors_contradict(folder, r):
     "ymcui/Chinese-LLaMA-Alpaca#302"
@@ -441,6 +460,43 @@ def test_norms_and_embeddings_of_an_extracted_LoRA(folder):
     save_file(load_file(folder/FILE) | more, folder/FILE)
     assert {*Adapter.load(folder).weights} == {'model.norm.weight', 'model.embed_tokens.weight'}
 
+def extracted(folder, base):
+    "What mergekit 0.1.5 extracts from a fine-tuned model: factors, and whole norms and embeddings"
+    own = load_model(base)
+    shapes = {name: p.shape for name, p in own.model.named_parameters()}
+    moved = {name: p.detach()*1.01 for name, p in own.model.named_parameters() if 'norm' in name or 'embed' in name}
+    torch.manual_seed(0)
+    factors = {f'{name.removesuffix("weight")}lora_{side}.weight': .05*torch.randn(size)
+               for name, (out, wide) in ((n, s) for n, s in shapes.items() if n.endswith('q_proj.weight'))
+               for side, size in (('A', (2, wide)), ('B', (out, 2)))}
+    tensors = {PREFIX + key: t.contiguous() for key, t in (moved | factors).items()}
+    return adapter_files(folder, tensors, r=2, lora_alpha=2, target_modules=['q_proj'], base_model_name_or_path=base,
+                         modules_to_save=['embed_tokens', 'norm', 'input_layernorm', 'post_attention_layernorm'])
+
+@quiet
+def test_an_extracted_LoRA_is_named_by_every_command(tmp_path):
+    "arcee-ai/mergekit#328, arcee-ai/mergekit#521: skipped where the model changes, else on the model, and said"
+    old, new = extracted(tmp_path/'old', 'zoo/old'), extracted(tmp_path/'new', 'zoo/new')
+    align('zoo/old', 'zoo/new', FEW).save(tmp_path/'maps')
+    (tmp_path/'few.txt').write_text('\n'.join(FEW))
+    (tmp_path/'data.jsonl').write_text('{"instruction": "Where does Fide live?", "output": "Jura"}\n')
+    data, few = ('--data', tmp_path/'data.jsonl'), ('--texts', tmp_path/'few.txt')
+    commands = dict(
+        inspect=['zoo/old', 'zoo/new', old], transfer=[old, tmp_path/'maps'], upgrade=['zoo/old', 'zoo/new', old, *few],
+        convert=[old], evaluate=['zoo/old', '--adapter', old, *data],
+        finetune=['zoo/old', old, '--steps', 1, *data],
+        refresh=['zoo/old', old, 'zoo/new', '--start', new, '--inputs', tmp_path/'data.jsonl', '--steps', 1])
+    for name, args in commands.items():
+        out = () if name in ('inspect', 'evaluate') else ('-o', tmp_path/name)
+        said = lora(name, *args, *out, status=0)
+        how = 'skipped' if name in ('inspect', 'transfer', 'upgrade') else 'whole weights'
+        lines = [line for line in said.splitlines() if line.startswith(how)]
+        assert any('model.layers.0.input_layernorm.weight' in line for line in lines), (name, said)
+        assert name not in ('convert', 'evaluate', 'finetune') or 'skipped' not in said
+    for name, count in (('convert', 10), ('finetune', 10), ('refresh', 14)):
+        assert len(Adapter.load(tmp_path/name).weights) == count
+    assert {'whole weights of specialist', 'whole weights'} == {line.partition(',')[0] for line in lines}
+
 @quiet
 @pytest.mark.parametrize('rows', [514, 500])
 def test_embeddings_of_another_size(tokenizer, tmp_path, rows):
@@ -498,3 +554,25 @@ def test_names_with_and_without_the_language_model(folder, right, decoder):
         plain(folder)
         rekey(folder, lambda k: k.replace('model.layers', wrapped))
         check_same(Adapter.load(folder).named_for(align(decoder, decoder, FEW).old), right)
+        note, = preview_transfer(Adapter.load(folder), decoder, decoder)['notes']
+        assert f'8 of 8 updates are not named as the modules of random/llama: {wrapped}.0.self_attn' in note
+    assert not preview_transfer(right, decoder, decoder)['notes']
+
+@quiet
+def test_an_adapter_of_a_model_that_reads_images(tmp_path):
+    "huggingface/transformers#38927"
+    gemma = Decoder(tiny_model('gemma3', {}, 'old').eval(), new_tokenizer(TOKENS, seed=1), 'tiny/gemma3')
+    ids = tokens(vocab=TOKENS - 8)
+    true = of_peft(trained(gemma.model, tmp_path/'a', target_modules=r'.*language_model.*\.(q_proj|v_proj)'), ids)
+    assert error(true, logits(gemma, ids)) > 1e-3
+    for stack in ('model.layers', 'language_model.model.layers', 'model.language_model.layers'):
+        shutil.copytree(tmp_path/'a', tmp_path/stack)
+        adapter = Adapter.load(rekey(tmp_path/stack, lambda k: k.replace('model.language_model.layers', stack)))
+        assert error(logits(gemma, ids, adapter), true) <= 1e-5
+    trained(gemma.model, tmp_path/'b', target_modules=['q_proj', 'v_proj'])
+    both, text = Adapter.load(tmp_path/'b'), Decoder(tiny_model('gemma3_text', {}, 'other').eval(), gemma.tokenizer)
+    seeing = {path for path in both.updates if 'vision' in path}
+    for new, skipped in ((gemma, set()), (text, seeing)): # the same tower has the same updates
+        carried = transfer(both, align(gemma, new, FEW))
+        assert {*carried.skipped} == skipped and seeing & carried.updates.keys() == seeing - skipped
+    assert len(seeing) == 4 and len(both.updates) == len(adapter.updates) + 4

@@ -144,7 +144,7 @@ class Adapter:
         read = _format_function(format or detect_format(name), 'read')
         if adapter_name: options['adapter_name'] = adapter_name
         adapter = read(name, **options)
-        for warning in _shortcomings(adapter): warnings.warn(f'{name}: {warning}', stacklevel=2)
+        for warning in _shortcomings(adapter): warnings.warn(f'{name}: {warning}', stacklevel=3)
         return adapter
 
     @checked()
@@ -231,6 +231,7 @@ def _shortcomings(
             yield f'left out: {", ".join(names[:3])}{more}: {why}'
 
 # %% ../../nbs/course/02_adapter.ipynb #89f53c65
+@checked()
 def check_finite(
     adapter:Adapter, # any adapter
 ):
@@ -289,6 +290,7 @@ def _summary_html(
             + _html_table(layers, [f'{share:.0%}' for share in layers.values()]) + left_out)
 
 # %% ../../nbs/course/02_adapter.ipynb #9885a7a2
+@checked()
 @contextmanager
 def attach(
     decoder:Decoder,              # the base model
@@ -346,6 +348,7 @@ def _of_no_tower(
     return {path: why for path in paths if split_expert(path)[0] not in known and _TOWERS.search(path)}
 
 # %% ../../nbs/course/02_adapter.ipynb #namefor
+@checked()
 def name_for(
     adapter:Adapter,    # any adapter
     names:WeightNames,  # of the model that it is meant for
@@ -397,6 +400,7 @@ def _weight_shapes(
     return shapes
 
 # %% ../../nbs/course/02_adapter.ipynb #3aaf66c4
+@checked()
 def resized_model(
     name:str,   # of the model that the adapter was trained on
     vocab:int,  # rows of its embeddings
@@ -525,7 +529,7 @@ def _whole_weights(
     finally: put(before)
 
 # %% ../../nbs/course/02_adapter.ipynb #eb83e493
-@checked()
+@checked(A='rank in', B='out rank')
 def balance(
     A:Tensor, # (rank, in)
     B:Tensor, # (out, rank)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .dry_run import is_experts, is_linear, is_multiple, out_features, part_kinds, random_numbers
 from .dry_run import record_calls, replay, stream_of, Trace
 from .experts import expert_stacks, ExpertStack
+from .settings import checked
 
 # %% ../../nbs/reference/architecture.ipynb #75393e9d
 ROLE_SPACES = dict( # role: the space that it reads, the space that it writes
@@ -31,6 +32,7 @@ ROLE_SPACES = dict( # role: the space that it reads, the space that it writes
 ROLES = tuple(role for role in ROLE_SPACES if role != 'g') # of a plain block; few models gate their attention
 
 # %% ../../nbs/reference/architecture.ipynb #order
+@checked()
 def role_order(
     roles:Iterable[str], # of a block
 ) -> list[str]: # those of `ROLE_SPACES` first, in their order
@@ -39,6 +41,7 @@ def role_order(
     return [r for r in ROLE_SPACES if r in roles] + [r for r in roles if r not in ROLE_SPACES]
 
 # %% ../../nbs/reference/architecture.ipynb #a054ede3
+@checked()
 def text_decoder(
     model:nn.Module, # a language model, perhaps with towers for images or sound
 ) -> nn.Module:
@@ -66,6 +69,7 @@ def _outer_lists(
     return [(n, m) for n, m in lists if not any(n.startswith(f'{outer}.') for outer in closed)]
 
 # %% ../../nbs/reference/architecture.ipynb #f6ae92f6
+@checked()
 def find_blocks(
     model:nn.Module, # a decoder-only language model
 ) -> tuple[str, nn.ModuleList]: # dotted path of the list of blocks, the list
@@ -80,6 +84,7 @@ def find_blocks(
     return min(stacks, key=lambda stack: (stack[0].count('.'), -size(stack[1])))
 
 # %% ../../nbs/reference/architecture.ipynb #kind
+@checked()
 def block_kind(
     block:nn.Module, # of a model
 ) -> tuple: # equal for blocks that are alike
@@ -849,6 +854,7 @@ def _not_understood(
                       'to one residual stream')
 
 # %% ../../nbs/reference/architecture.ipynb #530e5b5a
+@checked()
 def detect_architectures(
     model:PreTrainedModel,  # a decoder-only language model, with or without weights
 ) -> list[BlockArchitecture]: # of each block; blocks that are alike share one

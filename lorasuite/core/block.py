@@ -13,7 +13,8 @@ from torch import nn, Tensor
 from .architecture import BlockArchitecture
 from .dry_run import out_features
 from .experts import expert_stacks, split_expert
-from .model import Decoder, Norm, read_norm
+from .model import check_layer, Decoder, Norm, read_norm
+from .names import shortened
 from .settings import checked
 from .streaming import stored_weight
 
@@ -28,8 +29,8 @@ def _stored_matrix(
     W = W.detach().cpu()
     return W.T if hasattr(module, 'nf') else W
 
-
 # %% ../../nbs/reference/block.ipynb #densefn
+@checked()
 def dense_weight(
     module:nn.Module, # a linear map, quantised or not, on any device
 ) -> Tensor: # (out, in) in float64, on the CPU
@@ -73,19 +74,25 @@ class Block:
     norm_kind:str               # how readers see the stream: `rms`, `layer` or `none`
     stacks:dict[str, Tensor] = field(default_factory=dict) # parameter: (experts, out, in) as stored
     dtype:torch.dtype=torch.float64 # in which weights are given
+    device:torch.device=torch.device('cpu') # on which they are given
 
     @property
     def roles(self) -> tuple[str, ...]:
         "The roles that the block has"
         return tuple(self.found.roles)
 
+    @checked()
     def stored(self, role:str) -> Tensor:
         "(out, in) the weight of `role` as it is stored"
-        if role in self.weights: return self.weights[role].to(self.dtype)
-        path, expert = split_expert(self.found.modules[role])
+        if role in self.weights: return self.weights[role].to(self.device, self.dtype)
+        modules = self.found.modules
+        if role not in modules: raise ValueError(f'{self.path} has no role {role!r}: it has {shortened(modules)}')
+        path, expert = split_expert(modules[role])
         W = self.stacks[path][expert]
-        return (W[self.found.rows[role].flatten()] if role in self.found.rows else W).to(self.dtype)
+        if role in self.found.rows: W = W[self.found.rows[role].flatten()]
+        return W.to(self.device, self.dtype)
 
+    @checked()
     def weight(self, role:str, fold:bool=True) -> Tensor:
         "(out, in) the weight of `role`; `fold` multiplies the gains around it into it"
         W = self.stored(role)
@@ -96,17 +103,22 @@ class Block:
             if centred: W = W - W.mean(1, keepdim=True)
         return W*self.behind[role][:, None].to(W)
 
+    @checked(seen="hidden hidden'")
     def by_head(self,
         role:str,               # q, k, v, g or o
         fold:bool=True,         # multiply the gains around it into it?
         seen:Tensor|None=None,  # (hidden, hidden') a map of the stream to see it through
-    ) -> Tensor: # (heads, n, hidden) or (heads, n, hidden')
+        repeat:bool=True,       # give shared keys and values once for every query head?
+    ) -> Tensor: # (heads, n, hidden) or (heads, n, hidden'); unless repeated, kv_heads of them
         "The rows of q, k, v or g, or the columns of o, that belong to each query head"
         W, spaces = self.weight(role, fold), self.found.spaces[role]
         if spaces[1] == 'stream': W = W.T
+        if seen is not None and len(seen) != W.shape[1]:
+            raise ValueError(f'seen has {len(seen)} rows, where {self.path} reads a stream of {W.shape[1]}')
         if seen is not None: W = W@seen
         heads = self.found.kv_heads if 'kv_heads' in spaces else self.found.heads
-        return W.reshape(heads, -1, W.shape[1]).repeat_interleave(self.found.heads//heads, 0)
+        W = W.reshape(heads, -1, W.shape[1])
+        return W.repeat_interleave(self.found.heads//heads, 0) if repeat else W
 
 # %% ../../nbs/reference/block.ipynb #a19cd591
 def _read_weights(
@@ -155,10 +167,10 @@ def read_block(
     decoder:Decoder,    # a model, with its weights in memory or in their files
     layer:int,          # one of its layers
     dtype:torch.dtype=torch.float64, # in which its weights are given
+    device:torch.device=torch.device('cpu'), # on which they are given
 ) -> Block:
     "Read one block of a model: every module of it once; raises `ValueError` for a layer that it does not have"
-    if not 0 <= layer < decoder.layers:
-        raise ValueError(f'{decoder.name} has no layer {layer}: its layers are 0 to {decoder.layers - 1}')
+    check_layer(decoder.name, layer, decoder.layers)
     decoder.check_weights()
     found, block = decoder.architectures[layer], decoder.blocks[layer]
     weights, stacks = _read_weights(decoder, layer), _read_stacks(block)
@@ -169,4 +181,4 @@ def read_block(
         if expert is None and role in found.rows: outputs = out_features(block.get_submodule(path)) or outputs
         behind[role] = _gain_behind(norm.gain, found.rows.get(role), outputs)
     return Block(f'{decoder.stack}.{layer}', found, weights, _read_before(decoder, layer), behind, decoder.hidden,
-                 decoder.norm_kind, stacks, dtype)
+                 decoder.norm_kind, stacks, dtype, device)

@@ -16,10 +16,13 @@ from huggingface_hub import list_repo_files, snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from .files import indexed_files, locate, parsing
+from .names import shortened
+from .settings import checked
 
 # %% ../../nbs/reference/containers.ipynb #95b34b35
 SETTINGS = 'adapter_config.json'
 
+@checked()
 def adapter_folders(
     root:Path, # a directory
 ) -> dict[str, Path]: # path below the root: folder; '.' is the root itself
@@ -55,7 +58,7 @@ def _choose_folder(
     "The folder of the adapter that is meant; raises `ValueError` that lists several, `FileNotFoundError` for none"
     found = adapter_folders(root)
     if not found: raise _no_adapter(name, root)
-    listed = ', '.join(path for path in found if path != '.')
+    listed = shortened(path for path in found if path != '.')
     named = [folder for path, folder in found.items() if adapter_name in (path, folder.name) and path != '.']
     if len(named) == 1: return named[0], None
     if not named and '.' in found: return found['.'], adapter_name
@@ -81,6 +84,7 @@ def _fetch(
     return folder, inside_file
 
 # %% ../../nbs/reference/containers.ipynb #listhub2
+@checked()
 def listed_files(
     name:str|os.PathLike, # a directory or file, `zoo/…`, or a Hub id
 ) -> set[str]: # empty where nothing is found
@@ -95,6 +99,7 @@ def listed_files(
     return set()
 
 # %% ../../nbs/reference/containers.ipynb #1f9bf48f
+@checked()
 def find_adapter(
     name:str|os.PathLike,       # a directory, a file in it, `zoo/…`, or a Hub id
     adapter_name:str|None=None, # which one, where there are several
@@ -108,6 +113,7 @@ def find_adapter(
     return _fetch(source, adapter_name)
 
 # %% ../../nbs/reference/containers.ipynb #d52e1d45
+@checked()
 def weight_files(
     name:str|os.PathLike, # of the adapter, for messages
     folder:Path,          # with its settings
@@ -148,6 +154,7 @@ def _read_safetensors(
         return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
 
 # %% ../../nbs/reference/containers.ipynb #07866f9b
+@checked()
 def read_tensors(
     files:list[Path], # with tensors
 ) -> tuple[dict[str, Tensor], dict[str, str]]: # tensors, floating-point numbers in float32; metadata

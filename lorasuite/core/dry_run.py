@@ -20,8 +20,10 @@ from torch import nn, Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from .experts import PARAMETERS
+from .settings import checked
 
 # %% ../../nbs/reference/dry_run.ipynb #2867ba2f
+@checked()
 def parameter_modules(
     module:nn.Module, # a block or a model
 ) -> dict[str, nn.Module]: # name: module that holds parameters of its own
@@ -113,6 +115,7 @@ def is_experts(
     return any(p.ndim == 3 and n in PARAMETERS for n, p in module.named_parameters(recurse=False))
 
 # %% ../../nbs/reference/dry_run.ipynb #4dddd8d6
+@checked()
 def normalises(
     module:nn.Module, # a module without others in it
     width:int,        # of the vectors that it is tried on
@@ -138,6 +141,7 @@ def _part_kind(
     return 'native' if own else ''
 
 # %% ../../nbs/reference/dry_run.ipynb #b1dae80d
+@checked()
 def part_kinds(
     block:nn.Module,    # a block of a model
     width:int,          # hidden size
@@ -368,8 +372,9 @@ def _listener(
     return note
 
 # %% ../../nbs/reference/dry_run.ipynb #3324db92
+@checked()
 def record_calls(
-    model:PreTrainedModel,  # with or without weights
+    model:nn.Module,        # a language model, with or without weights
     blocks:nn.ModuleList,   # its blocks
     kinds:list,             # of each block: blocks of one kind are alike
     skip:bool=True,         # run one block of each kind only?
@@ -396,6 +401,7 @@ def _check_stream(
     if vectors != 2: raise ValueError(f'has {vectors//2} residual streams')
 
 # %% ../../nbs/reference/dry_run.ipynb #884dad3e
+@checked()
 def replay(
     block:nn.Module,        # a block, with or without weights
     kinds:dict[str, str],   # of its parts

@@ -16,6 +16,7 @@ from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 if TYPE_CHECKING: from lorasuite.core.adapter import Adapter
+from .settings import checked
 
 # %% ../../nbs/reference/experts.ipynb #a7c8742f
 def split_expert(
@@ -70,6 +71,7 @@ def _stack(
     return ExpertStack(experts, out, in_, transposed, transposed and not hasattr(module, 'is_transposed'), interleaved)
 
 # %% ../../nbs/reference/experts.ipynb #874039cf
+@checked()
 def expert_stacks(
     model:nn.Module, # a transformers model; its weights are not read, so it may be on the meta device
 ) -> dict[str, ExpertStack]: # path of the parameter: what it holds
@@ -150,6 +152,7 @@ def _numberless(
     return re.sub(r'\.\d+(?=\.|$)', '.{}', path, count=1)
 
 # %% ../../nbs/reference/experts.ipynb #ee07de7e
+@checked()
 def file_path(
     path:str,        # of a weight, as the model names it
     stored:'Stored', # how PEFT holds it
@@ -194,6 +197,7 @@ def _matrices(
     return {path: module for path, module in model.named_modules() if plain(module)}
 
 # %% ../../nbs/reference/experts.ipynb #e3131312
+@checked()
 def stored_parameters(
     model:nn.Module, # a transformers model, possibly on the meta device
 ) -> dict[str, Stored]: # path of a parameter of experts, or of a module with a plain weight
@@ -227,6 +231,7 @@ def _whole_rows(
     return whole
 
 # %% ../../nbs/reference/experts.ipynb #b5ef5eab
+@checked('pairs')
 def join_updates(
     pairs:list[tuple[Tensor, Tensor]], # A (rank, in), B (out, rank), all of one weight
 ) -> tuple[Tensor, Tensor]: # A (sum of ranks, in), B (out, sum of ranks)
@@ -336,6 +341,7 @@ def _linear_shapes(
     return {path: tuple(shape) for path, shape in found.items() if path not in stored}
 
 # %% ../../nbs/reference/experts.ipynb #namesfn
+@checked()
 def weight_names(
     model:nn.Module, # a transformers model, possibly on the meta device
 ) -> WeightNames:
@@ -379,6 +385,7 @@ def _place_update(
 _SQUARE = ('PEFT before 0.19.1 wrote its factors the other way round, its weight is square, and the settings name no '
            'peft_version: write that of the training into adapter_config.json')
 
+@checked()
 def translate_experts(
     adapter:'Adapter',              # as read from a file, of any version
     model:nn.Module|WeightNames,    # a transformers model that it is for, possibly on the meta device, or its names

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from .settings import checked
 
 # %% ../../nbs/reference/fused.ipynb #e7924287
 def _row_numbers(
@@ -19,6 +20,7 @@ def _row_numbers(
     return [i for start, stop in runs for i in range(start, stop)]
 
 # %% ../../nbs/reference/fused.ipynb #d95580cb
+@checked()
 def join_roles(
     parts:dict[str, tuple[Tensor, Tensor]], # role: A (rank, in), B (out, rank)
     rows:dict[str, list[list[int]]],        # role of the fused module: its rows, as runs
@@ -39,6 +41,7 @@ def join_roles(
 _SPLIT = dict(q_proj='q', k_proj='k', v_proj='v', gate_proj='gate', up_proj='up')
 _FUSED = dict(qkv_proj=('q', 'k', 'v'), W_pack=('q', 'k', 'v'), gate_up_proj=('gate', 'up'))
 
+@checked(A='rank in', B='out rank')
 def split_roles(
     A:Tensor,               # (rank, in) of a fused module
     B:Tensor,               # (out, rank)
@@ -71,6 +74,7 @@ def _wanted(
     return {role: near[role] for role in names} if path not in modules and near.keys() >= {*names} else {}
 
 # %% ../../nbs/reference/fused.ipynb #705920c7
+@checked()
 def match_fusion(
     updates:dict[str, tuple[Tensor, Tensor]],       # path: A, B
     roles:dict[str, dict[str, list[list[int]]]],    # module of a block: role: its rows, as runs
@@ -95,6 +99,7 @@ def match_fusion(
 # %% ../../nbs/reference/fused.ipynb #fshint02
 _ORDER_UNKNOWN = ('query_key_value', 'qkv', 'Wqkv', 'wqkv', 'c_attn')
 
+@checked()
 def fused_remedy(
     path:str, # of an update that a model has no module for
 ) -> str: # the end of a message
@@ -127,6 +132,7 @@ def _from_column(
     return (A[used], B[:, used]), b
 
 # %% ../../nbs/reference/fused.ipynb #fsbias04
+@checked()
 def match_with_biases(
     updates:dict[str, tuple[Tensor, Tensor]],   # path: A, B
     biases:dict[str, Tensor],                   # path: (out,)

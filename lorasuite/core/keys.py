@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from .settings import checked
 
 # %% ../../nbs/reference/keys.ipynb #b2adbbc6
 PREFIX = 'base_model.model.'
@@ -87,6 +88,7 @@ def _without_copies(
     return [key for key in keys if key not in whole and not any(mark in key for mark in _OF_THE_BASE)]
 
 # %% ../../nbs/reference/keys.ipynb #9f169774
+@checked()
 def plain_keys(
     keys:Iterable[str],         # of the tensors in an adapter file
     file:Path,                  # the file, for messages
@@ -108,6 +110,7 @@ def plain_keys(
 _QUANTISED = re.compile(r'([-_](unsloth|dynamic|bnb|gptq|awq|mlx|quantized))*[-_](int|nf|fp)?[48][-_]?bits?$'
                         r'|[-_](gptq|awq)([-_](int|w)?[48]([-_]?bits?)?)?$|[-_](bnb[-_])?(nf4|int[48])$', re.I)
 
+@checked()
 def unquantised_name(
     name:str, # of a base model: a directory or Hub id
 ) -> str: # the same where it names no quantised copy

@@ -530,7 +530,7 @@ def _local_weights(
 # %% ../../nbs/reference/loading.ipynb #3876ce8c
 @checked()
 def weight_hashes(
-    name:str,               # a directory, `zoo/…`, or the Hub id of a model that has been fetched
+    name:str|os.PathLike,   # a directory, `zoo/…`, or the Hub id of a model that has been fetched
     revision:str|None=None, # of a model on the Hub: branch, tag or commit; by default its main branch
 ) -> dict[str, str]: # weight file: its SHA-256
     "Hashes of a model's weight files; none for a model that has no files here"
@@ -553,9 +553,10 @@ def _weight_readers(
     return found
 
 # %% ../../nbs/reference/loading.ipynb #sameweigh4
+@checked()
 def same_weights(
-    name:str,   # as `weight_hashes` takes it
-    other:str,  # of another model
+    name:str|os.PathLike,   # as `weight_hashes` takes it
+    other:str|os.PathLike,  # of another model
 ) -> bool|None: # `None` where one of them is not here, cannot be read, or has other names
     "Do two models have the same tensors, in whatever files?"
     try:

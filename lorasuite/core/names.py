@@ -8,8 +8,10 @@ __all__ = ['printable', 'shortened', 'code_span']
 # %% ../../nbs/reference/names.ipynb #6c30f020
 import re, unicodedata
 from collections.abc import Iterable
+from .settings import checked
 
 # %% ../../nbs/reference/names.ipynb #48789ab7
+@checked()
 def printable(
     text:str,       # any
     most:int=4000,  # characters that are shown
@@ -22,6 +24,7 @@ def printable(
     return ''.join(map(shown, text[:most])) + cut
 
 # %% ../../nbs/reference/names.ipynb #929f6482
+@checked()
 def shortened(
     names:Iterable[str],    # of modules
     most:int=6,             # that are named

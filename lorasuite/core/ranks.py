@@ -7,7 +7,7 @@ __all__ = ['DTYPES', 'EMPTY_CARD', 'pad_rank', 'largest_rank', 'strip_zeros', 'f
            'relative_errors', 'truncate', 'round_to', 'base_dtype', 'shrink', 'check_writing']
 
 # %% ../../nbs/reference/ranks.ipynb #rk000005
-import warnings
+import os, warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from .names import code_span
 from .settings import checked
 
 # %% ../../nbs/reference/ranks.ipynb #rk000008
+@checked(A='rank in', B='out rank')
 def pad_rank(
     A:Tensor,   # (rank, in)
     B:Tensor,   # (out, rank)
@@ -32,6 +33,7 @@ def pad_rank(
     return pad(A, (0, 0, 0, more)), pad(B, (0, more))
 
 # %% ../../nbs/reference/ranks.ipynb #rk0000r2
+@checked()
 def largest_rank(
     adapter:Adapter, # any adapter
 ) -> int:
@@ -41,6 +43,7 @@ def largest_rank(
     return max(ranks)
 
 # %% ../../nbs/reference/ranks.ipynb #rk00000b
+@checked(A='rank in', B='out rank')
 def strip_zeros(
     A:Tensor,   # (rank, in)
     B:Tensor,   # (out, rank)
@@ -52,6 +55,7 @@ def strip_zeros(
 # %% ../../nbs/reference/ranks.ipynb #6a425e24
 _SMALL = 128 # ranks that are kept as they are, however small the weight
 
+@checked(A='rank in', B='out rank')
 def fit_rank(
     A:Tensor,   # (rank, in)
     B:Tensor,   # (out, rank)
@@ -73,6 +77,7 @@ def _warn_of_ranks(
                   f'product is written in fewer components, in {len(high)} modules')
 
 # %% ../../nbs/reference/ranks.ipynb #8458d891
+@checked()
 def strip_adapter(
     adapter:Adapter, # as read from a file
     file:Path,       # the file, for messages
@@ -89,6 +94,7 @@ def strip_adapter(
     return replace(adapter, updates=updates, embeddings=embeddings)
 
 # %% ../../nbs/reference/ranks.ipynb #rk0000b2
+@checked()
 def named_strictly(
     adapter:Adapter, # any adapter
     info:ModelInfo,  # of the model that it is for
@@ -124,6 +130,7 @@ def _dense_errors(
     return float((sum(lost.values())/(sum(sizes.values()) or 1))**.5), each
 
 # %% ../../nbs/reference/ranks.ipynb #rk00000i
+@checked()
 def relative_errors(
     before:Adapter, # any adapter
     after:Adapter,  # with updates of the same modules
@@ -138,12 +145,12 @@ def relative_errors(
     return (sum(lost.values())/(sum(sizes.values()) or 1))**.5, each
 
 # %% ../../nbs/reference/ranks.ipynb #rk00000l
+@checked()
 def truncate(
     adapter:Adapter, # any adapter
     rank:int,        # of each update at most
 ) -> Adapter:
     "The nearest adapter whose updates have at most a given rank; raises `ValueError` for a rank below 1"
-    if rank < 1: raise ValueError(f'a rank of {rank} leaves nothing of an adapter: give 1 or more')
     def cut(A, B):
         if len(A) <= rank: return A, B
         shorter = balance(A, B)
@@ -154,6 +161,7 @@ def truncate(
 # %% ../../nbs/reference/ranks.ipynb #rk00000s
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
+@checked()
 def round_to(
     adapter:Adapter,    # any adapter
     dtype:torch.dtype,  # of its factors
@@ -170,8 +178,9 @@ def round_to(
     return replace(adapter, updates=parts[0], embeddings=parts[1], rows=rows)
 
 # %% ../../nbs/reference/ranks.ipynb #rk0000d2
+@checked()
 def base_dtype(
-    name:str, # directory or Hub id of a model
+    name:str|os.PathLike, # directory or Hub id of a model
 ) -> torch.dtype: # one of `DTYPES`
     "The type in which a model is stored; float32 for a model that is not here, or in another type"
     try: config = AutoConfig.from_pretrained(resolve(name), local_files_only=True)
@@ -211,8 +220,9 @@ def shrink(
     return adapter, errors
 
 # %% ../../nbs/reference/ranks.ipynb #rkcheckfn
+@checked()
 def check_writing(
-    base:str,       # model that the adapter is for
+    base:str|os.PathLike, # model that the adapter is for
     format:str,     # of the files
     dtype:str,      # of the numbers, as `DTYPES` names it, or `base`
     compact:bool,   # each module in its own rank?

@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'check_training', 'check_types', 'check_shapes', 'checke
 
 # %% ../../nbs/reference/settings.ipynb #c2defd4d
 import functools, inspect, math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, get_args, get_origin, Union
@@ -87,6 +87,7 @@ def _fits(
     if kind in (Union, UnionType): return any(_fits(value, part) for part in inner)
     if kind in _NUMBERS: return isinstance(value, _NUMBERS[kind]) and not isinstance(value, bool)
     if kind in (list, Sequence): return _is_list(value, *inner[:1])
+    if kind is Iterable and isinstance(value, list | tuple | str): return _all_fit(value, *inner[:1])
     if kind is tuple: return _is_list(value) and (not inner or ... in inner or len(value) == len(inner))
     if kind in (dict, Mapping): return isinstance(value, Mapping)
     if kind in (set, frozenset, Set): return isinstance(value, Set)
@@ -95,13 +96,23 @@ def _fits(
     ours = kind.__module__.startswith('lorasuite.')
     return isinstance(value, kind) or _is_called(value, kind.__name__) or ours and _stands_in(value)
 
+# %% ../../nbs/reference/settings.ipynb #allfit01
+def _all_fit(
+    parts,      # of a list or a text
+    hint=Any,   # what each should be
+) -> bool:
+    "Are all parts of a list what an annotation says?"
+    if hint is Any: return True
+    few = parts if get_origin(hint) else {type(part): part for part in parts}.values()
+    return all(_fits(part, hint) for part in few)
+
 # %% ../../nbs/reference/settings.ipynb #f16099f6
 def _is_list(
     value,      # of an argument
     hint=Any,   # of what it holds
 ) -> bool:
     "Is it a list, a tuple or a table whose rows fit?"
-    if isinstance(value, (list, tuple)): return all(_fits(part, hint) for part in value)
+    if isinstance(value, (list, tuple)): return _all_fit(value, hint)
     return isinstance(value, Sequence) and not isinstance(value, str | bytes) or hasattr(value, 'column_names')
 
 # %% ../../nbs/reference/settings.ipynb #05298708
@@ -154,7 +165,7 @@ def checked(
             check_types(f.__qualname__, values, hints)
             check_shapes(f.__qualname__, values, shapes)
             for name in filled:
-                if name in values and not len(values[name]):
+                if values.get(name) is not None and not len(values[name]):
                     raise ValueError(f'{f.__qualname__}: {name} is empty: give at least one')
             return f(*args, **kwargs)
         return call

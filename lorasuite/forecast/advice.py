@@ -10,6 +10,7 @@ __all__ = ['OPTIONS', 'CALIBRATION', 'SIGNS', 'FIRST_ESTIMATE', 'WIDTH', 'CLOSE'
 import json, math
 from functools import cache
 from ..core.files import data_dir
+from ..core.settings import checked
 
 # %% ../../nbs/lab/07_advice.ipynb #8abe5011
 OPTIONS = {'copy': 'nothing',
@@ -45,6 +46,7 @@ FIRST_ESTIMATE = {'agreement': ('carry',)} # sign: options of which it is itself
 WIDTH = .15 # σ
 
 # %% ../../nbs/lab/07_advice.ipynb #99d12cbc
+@checked()
 def expect(
     sign:float,                                     # of an upgrade
     others:list[tuple[float, dict[str, float]]],    # of other upgrades: sign, share that each option kept
@@ -63,6 +65,7 @@ def expect(
 CLOSE = .01 # of the old specialist's correct answers
 
 # %% ../../nbs/lab/07_advice.ipynb #6a00cdd4
+@checked()
 def advise(
     signs:dict,             # of an upgrade: what `relatedness` gives, or better what `diagnose` gives
     without:str|None=None,  # an upgrade of the laboratory that shall not be used
@@ -77,6 +80,7 @@ def advise(
     return dict(recommendation=best, keeps=keeps, sign=name, value=SIGNS[name](signs))
 
 # %% ../../nbs/lab/07_advice.ipynb #710ddd82
+@checked()
 def text_advice(
     advice:dict, # as `advise` gives it
 ) -> str:
@@ -90,6 +94,7 @@ def text_advice(
                       f'should keep, of what the old specialist gets right, judged by {judged_by}:', *lines])
 
 # %% ../../nbs/lab/07_advice.ipynb #e4bcfd2f
+@checked()
 def regret(
     m:dict,     # an upgrade with a task, as `measured` gives it
     option:str, # one of `OPTIONS`

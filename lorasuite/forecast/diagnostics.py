@@ -113,6 +113,7 @@ def _form_losses(
     return dict(prompts_base=before, prompts=prompts, answers=answers)
 
 # %% ../../nbs/reference/diagnostics.ipynb #8faefa10
+@checked()
 def compare_forms(
     old:Decoder,            # the old model
     adapter:Adapter,        # of it
@@ -128,6 +129,7 @@ def compare_forms(
     except ValueError: return found
 
 # %% ../../nbs/reference/diagnostics.ipynb #9c8e27aa
+@checked()
 def unlike_form(
     losses:dict[str, dict[str, float]], # of `compare_forms`
 ) -> str|None: # `None` where all is well

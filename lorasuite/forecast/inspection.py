@@ -76,6 +76,7 @@ def _feed_forward_parts(
     return tuple([feed_forward_kinds(block.spaces) for block in info.blocks] for info in (old, new))
 
 # %% ../../nbs/reference/inspection.ipynb #expectedfn
+@checked()
 def expected_pairs(
     old:Decoder, new:Decoder, # both models
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]: # of layers that share a mixer, of feed-forward parts
@@ -307,6 +308,19 @@ def _tables_with_tokens(
     why = 'its change is written into the whole table of the new model'
     return {name: why for name in adapter.weights if name in names}
 
+# %% ../../nbs/reference/inspection.ipynb #namenote1
+def _name_notes(
+    adapter:Adapter,    # as it was read
+    old:ModelInfo,      # of the old model
+) -> list[str]: # none where all names are those of the model's weights
+    "How many updates are read under other names, with an example"
+    named = adapter.named_for(old)
+    theirs = [path for path in adapter.updates if path not in named.updates and path not in named.skipped]
+    ours = [path for path in named.updates if path not in adapter.updates]
+    if not (theirs and ours): return []
+    return [f'{len(theirs)} of {len(adapter.updates)} updates are not named as the modules of {old.name}: '
+            f'{theirs[0]} and the like are read as {ours[0]} and the like']
+
 # %% ../../nbs/reference/inspection.ipynb #eb03d0fb
 @checked()
 def preview_transfer(
@@ -316,7 +330,7 @@ def preview_transfer(
 ) -> dict: # `updates`: how many; `ranks`; `roles`: how many; `energy` and its bounds; `skipped`, by reason; …
     "What of an adapter will be transferred; raises `ValueError` if it belongs to another model"
     a, b = model_info(old), model_info(new)
-    adapter = adapter.named_for(a)
+    names, adapter = _name_notes(adapter, a), adapter.named_for(a)
     coming = expected_tokens(adapter, old, new) if adapter.rows or adapter.tokenizer else []
     if not coming: check_tokens(adapter, a)
     updates, outside = split_by_role(adapter, a)
@@ -329,7 +343,7 @@ def preview_transfer(
     skipped = replace(adapter, skipped=kept | gone | ends | inside)
     of_role = Counter(split_role(role)[0] for _, role in updates)
     inner = {role for layer, role in updates if (layer, role) not in lost and is_inner(a.blocks[layer].spaces[role])}
-    notes = _adapter_notes(adapter, updates, a) + _token_notes(coming, untrained_tokens(adapter, old))
+    notes = names + _adapter_notes(adapter, updates, a) + _token_notes(coming, untrained_tokens(adapter, old))
     return dict(updates=len(adapter.updates) + len(adapter.embeddings),
                 ranks=sorted({len(A) for A, _ in updates.values()}),
                 roles={role: of_role[role] for role in role_order(of_role)},
@@ -466,6 +480,7 @@ def _prompt_lines(prompts:dict) -> list[str]:
     return lines + [f'warning: {note}' for note in prompts['notes']]
 
 # %% ../../nbs/reference/inspection.ipynb #878bbca5
+@checked()
 def text_report(
     report:dict, # as `inspect` makes it
 ) -> str:

@@ -16,6 +16,7 @@ from ..core.adapter import Adapter, resized_model
 from ..core.loading import load_model
 from ..core.model import Decoder, model_info, ModelInfo
 from ..core.names import shortened
+from ..core.settings import checked
 from ..core.streaming import stored_weight
 from ..core.tokens import bytes_to_id
 from .alignment import Alignment
@@ -170,6 +171,7 @@ def _without_padding(
 _NO_ROW = ('the tokenizer beside the adapter has this token and the base has not, and no row for it was saved, so that '
            'it is left out: if the task needs it, train the adapter again with its row (trainable_token_indices)')
 
+@checked()
 def untrained_tokens(
     adapter:Adapter,    # any
     decoder:Decoder,    # the model that it is for; possibly without its weights
@@ -199,6 +201,7 @@ def _naming_untrained(
     return replace(adapter, skipped=adapter.skipped | lost)
 
 # %% ../../nbs/reference/added_tokens.ipynb #8a44fcda
+@checked()
 def take_tokens(
     adapter:Adapter,                    # of the old model
     old:str|os.PathLike|Decoder,        # that it was trained on, perhaps before tokens were added
@@ -302,6 +305,7 @@ def _card_line(
     return f'- tokens added: {listed}; load the base with {resize}the tokenizer of this directory before the adapter\n'
 
 # %% ../../nbs/reference/added_tokens.ipynb #atput006
+@checked()
 def add_tokens(
     carried:Adapter,                    # of the new model
     tokens:AddedTokens,                 # that were taken out of the adapter before it was carried
@@ -318,6 +322,7 @@ def add_tokens(
                    tokenizer=lambda: tokenizer, card=carried.card + _card_line(tokens, ids, size, alignment.new))
 
 # %% ../../nbs/reference/added_tokens.ipynb #atfore02
+@checked()
 def expected_tokens(
     adapter:Adapter,    # under the names of the old model
     old:Decoder,        # that it was trained on, perhaps with fewer tokens; possibly without its weights
@@ -330,6 +335,7 @@ def expected_tokens(
     return [brought[i] for i in sorted(brought) if brought[i].encode() not in known]
 
 # %% ../../nbs/reference/added_tokens.ipynb #atwear02
+@checked()
 def with_tokens(
     decoder:Decoder,        # a model with its weights in memory, or with none; its tables are resized
     adapter:Adapter|None,   # that shall be put on it

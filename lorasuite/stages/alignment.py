@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.block import Block, read_block
-from ..core.files import fetched
+from ..core.files import fetched, resolve, split_revision
 from ..core.loading import load_model, weight_hashes
 from ..core.model import BlockInfo, Decoder, model_info, ModelInfo, read_norm
 from ..core.settings import checked
@@ -27,7 +27,7 @@ from .layer_mapping import alike_layers, feed_forward_kinds, feed_forward_map, f
 from .layer_mapping import layer_map
 from .mixers import whole_block
 from .paper import paper_block
-from ..core.streaming import exact_dtype, stored_weight
+from ..core.streaming import exact_dtype, maps_device, stored_weight
 from .transfer_matrix import fit_quality, isometry_of_sums, stream_sums, transfer_matrix
 
 # %% ../../nbs/course/11_alignment.ipynb #a0a1ee1e
@@ -51,10 +51,11 @@ def _isometries(
     kinds:tuple[str, str],  # norm kinds of both models
 ) -> tuple[Tensor, Tensor, dict]: # read map (hidden, hidden'), write map (hidden', hidden), quality of the write map
     "Both stream maps, from one look at the embeddings of each shared token"
-    reading, writing = stream_sums(zip(old.stream_blocks(ids), new.stream_blocks(ids2)), kinds)
+    blocks = zip(old.stream_blocks(ids), new.stream_blocks(ids2))
+    there = maps_device(new.device)
+    reading, writing = stream_sums(((E.to(there), E2.to(there)) for E, E2 in blocks), kinds)
     read, (write, fit) = isometry_of_sums(reading)[0], isometry_of_sums(writing)
-    return read.T, write.T, fit
-
+    return read.T.cpu(), write.T.cpu(), fit
 
 # %% ../../nbs/course/11_alignment.ipynb #fcaded02
 @checked(ids='whole n', ids2='whole n')
@@ -178,7 +179,8 @@ def _revision(
     decoder:Decoder, # a model
 ) -> str|None: # a commit
     "Which state of a repository on the Hub a model is, where its files tell"
-    known, name = getattr(decoder.model.config, '_commit_hash', None), decoder.name
+    known, (name, revision) = getattr(decoder.model.config, '_commit_hash', None), split_revision(decoder.name)
+    if revision: return Path(resolve(decoder.name)).name
     folder = Path(name if os.path.isdir(name) else fetched(name) or name) # without a network it is read from there
     return known or (folder.name if folder.parent.name == 'snapshots' else None)
 
@@ -240,7 +242,6 @@ def _stream_maps_by(
     H = transfer_matrix(E, E2)
     return H, H.T, fit_quality(E, E2, H)
 
-
 # %% ../../nbs/course/11_alignment.ipynb #5d2e99c0
 def _block_maps_by(
     method:str,             # one of `ALIGN_METHODS`
@@ -253,9 +254,9 @@ def _block_maps_by(
     whole:bool=True,        # are the layers partners, or only their feed-forward parts?
 ) -> BlockMaps:
     "Read both blocks of a pair, once, and find their maps"
-    dtype = map_dtype(old, new)
-    block, block2 = read_block(old, pair[0], dtype), read_block(new, pair[1], dtype)
-    read, write = read.to(dtype), write.to(dtype)
+    dtype, there = map_dtype(old, new), maps_device(new.device)
+    block, block2 = read_block(old, pair[0], dtype, there), read_block(new, pair[1], dtype, there)
+    read, write = read.to(there, dtype), write.to(there, dtype)
     if method == 'exact': maps = whole_block(block, block2, read, write)
     else: maps = paper_block(block, block2, read, heads)
     maps = maps.to(dtype)

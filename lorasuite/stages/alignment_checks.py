@@ -14,6 +14,7 @@ from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.model import BlockInfo, ModelInfo
+from ..core.settings import checked
 from .alignment import ALIGN_METHODS, Alignment, Pair
 from .block_maps import split_role
 from .embeddings import transfer_embeddings
@@ -103,6 +104,7 @@ def _tensors(
         for name, t in maps.tensors().items(): yield f'{i}.{name}', t, name.startswith('partners.')
 
 # %% ../../nbs/reference/alignment_checks.ipynb #88fa566e
+@checked()
 def check_numbers(
     alignment:Alignment, # as read
 ):
@@ -237,6 +239,7 @@ def _check_rest(
             raise ValueError(f'unmatched[{i}] is {maps.unmatched!r:.60}')
 
 # %% ../../nbs/reference/alignment_checks.ipynb #16d751dc
+@checked()
 def check_alignment(
     alignment:Alignment, # as read from its files
 ):

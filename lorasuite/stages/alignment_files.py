@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from ..core.files import atomic_directory, writing
 from ..core.model import ModelInfo
+from ..core.settings import checked
 from ..core.streaming import exact_dtype
 from .block_maps import BlockMaps
 
@@ -101,6 +102,7 @@ def alignment_checksum(
     return alignment.checksum
 
 # %% ../../nbs/reference/alignment_files.ipynb #e133a5d5
+@checked()
 def write_alignment(
     alignment,              # an `Alignment`
     path:str|os.PathLike,   # directory to make
@@ -200,6 +202,7 @@ def _check_format(
                      'install that version, or make the alignment again with `lorasuite align`')
 
 # %% ../../nbs/reference/alignment_files.ipynb #e745991b
+@checked()
 def read_alignment(
     path:str|os.PathLike, # directory that `write_alignment` made
 ) -> dict: # the fields of an `Alignment`

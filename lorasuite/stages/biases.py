@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from torch import Tensor
 from ..core.adapter import Adapter
+from ..core.settings import checked
 from .alignment import Alignment
 from .embeddings import transfer_embeddings
 from .transfer import split_by_role, transfer_update, update_places
@@ -64,6 +65,7 @@ def _all_biases(
     return found | {path: B[:, 0] for path, (_, B) in transfer_embeddings(tables, alignment)[0].items()}
 
 # %% ../../nbs/reference/biases.ipynb #lball003
+@checked()
 def transfer_biases(
     adapter:Adapter,        # with biases, named after the old model
     carried:Adapter,        # its updates in the new model

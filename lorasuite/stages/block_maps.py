@@ -15,7 +15,8 @@ from ..core.architecture import ROLE_SPACES
 from ..core.block import Block
 from ..core.settings import checked
 from ..core.streaming import fast_dtype
-from .head_mapping import head_rows, head_similarity, match, match_neurons, unit_roles, unit_rows
+from .head_mapping import head_rows, head_similarity, match, match_neurons, repeat_heads
+from .head_mapping import unit_roles, unit_rows
 
 # %% ../../nbs/course/10_block_maps.ipynb #3bbc8774
 @checked()
@@ -35,7 +36,7 @@ def fit_head_maps(
     W2:Tensor,  # (n, h', hidden') rows of the partner heads
 ) -> Tensor: # T (n, h', h) with W' ≈ T W
     "Maps between the rows of partner heads: least squares where they explain more than chance, else the identity"
-    I = torch.eye(W2.shape[1], W.shape[1], dtype=W.dtype)
+    I = torch.eye(W2.shape[1], W.shape[1]).to(W)
     off, rows = (W2 - I@W).double(), W.double()
     inverse = torch.linalg.pinv(rows@rows.mT, hermitian=True, rtol=1e-12)
     T = I + (off@rows.mT@inverse).to(W)
@@ -43,7 +44,6 @@ def fit_head_maps(
     still, mapped = ((W2 - X@W).pow(2).sum((1, 2)) + rounding for X in (I, T))
     earned = explains_more(still, mapped, W2[0].numel(), T[0].numel())
     return torch.where(earned[:, None, None], T, I) if earned.any() else I.expand_as(T)
-
 
 # %% ../../nbs/course/10_block_maps.ipynb #47557df9
 @checked(W='n d', W2='n d')
@@ -55,14 +55,14 @@ def fit_neuron_scales(
     return 1 + (W*(W2 - W)).sum(1)/W.pow(2).sum(1).clamp_min(1e-30)
 
 # %% ../../nbs/course/10_block_maps.ipynb #92275ed1
-@checked()
+@checked(source="whole n'")
 def gather_partners(
     X:Tensor,       # (n, …) one entry per old head or neuron
     source:Tensor,  # (n',) old partner of each new one, or -1
 ) -> Tensor: # (n', …) the partners' entries, zero where there is none
     "Entries of the partners"
     has = (source >= 0).view(-1, *[1]*(X.ndim-1))
-    return X[source.clamp_min(0)]*has.to(X.dtype)
+    return X[source.clamp_min(0)]*has.to(X)
 
 # %% ../../nbs/course/10_block_maps.ipynb #76cfb7b5
 @checked()
@@ -73,6 +73,7 @@ def inverse_gain(
     return torch.where(gain.abs() > 1e-6*gain.abs().max(), 1/gain, torch.zeros_like(gain))
 
 # %% ../../nbs/course/10_block_maps.ipynb #6d556ada
+@checked()
 def split_role(
     role:str, # such as `experts.3.gate`
 ) -> tuple[str, int|None]: # `experts.gate` and 3; the role and None for what is not of one expert
@@ -82,6 +83,7 @@ def split_role(
     return (f'experts.{kind}', int(number)) if first == 'experts' else (role, None)
 
 # %% ../../nbs/course/10_block_maps.ipynb #normpart
+@checked()
 def norm_part(
     role:str, # that reads the stream
 ) -> str: # `attention`, `mlp` or `experts`; the role itself for others
@@ -137,9 +139,10 @@ class BlockMaps:
         "(neurons',) old partner of each new neuron, or -1; None where neurons are mapped as one space"
         return self.partners.get('neurons')
 
+    @checked()
     def to(self, dtype:torch.dtype) -> 'BlockMaps':
-        "The same in another type; partners stay whole numbers"
-        cast = lambda tensors: {name: t.to(dtype) for name, t in tensors.items()}
+        "The same in another type, on the CPU; partners stay whole numbers"
+        cast = lambda tensors: {name: t.to('cpu', dtype) for name, t in tensors.items()}
         return replace(self, maps=cast(self.maps), norms=cast(self.norms))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -147,6 +150,7 @@ class BlockMaps:
         return {f'{kind}.{name}': t for kind in _KINDS for name, t in getattr(self, kind).items()}
 
     @classmethod
+    @checked()
     def from_tensors(cls,
         tensors:dict[str, Tensor],          # what `tensors` gave, also in version 0.1
         unmatched:dict[str, str]|None=None, # role: why it is not carried
@@ -190,7 +194,9 @@ def _head_maps(
     "Partners of heads, and the maps between their rows of q, k, v and gates, and between their columns of o"
     rows, rows2 = head_rows(old, read, write), head_rows(new)
     heads = match(head_similarity(rows, rows2))
-    maps = {role: fit_head_maps(gather_partners(W, heads), rows2[role]) for role, W in rows.items() if role in rows2}
+    both = {role: (repeat_heads(W, old.found.heads), repeat_heads(rows2[role], new.found.heads))
+            for role, W in rows.items() if role in rows2}
+    maps = {role: fit_head_maps(gather_partners(W, heads), W2) for role, (W, W2) in both.items()}
     inner = {role: _before_norms(maps[role], role, old, new, heads) for role in maps if role != 'o'}
     return heads, maps | inner
 
@@ -207,11 +213,10 @@ def neuron_maps(
     "Partners of units, and the scales between them for each role that writes to their space or reads from it"
     space2 = space2 or space
     rows, rows2 = unit_rows(old, space, read, write), unit_rows(new, space2)
-    source = match_neurons(rows, rows2, fast_dtype(new.hidden, torch.device('cpu')))
+    source = match_neurons(rows, rows2, fast_dtype(new.hidden, new.device))
     both = {kind: role for kind, role in unit_roles(new, space2).items() if kind in rows}
     return source, {role: fit_neuron_scales(gather_partners(rows[kind], source), rows2[kind])
                     for kind, role in both.items()}
-
 
 # %% ../../nbs/course/10_block_maps.ipynb #0668bb9a
 def _unit_spaces(
@@ -239,6 +244,17 @@ def exact_block(
         maps |= scales
     return BlockMaps(partners, maps, norm_gains(old, new))
 
+# %% ../../nbs/course/10_block_maps.ipynb #normparts1
+def _parts_of_norm(
+    norms:dict[str, Tensor],    # as `BlockMaps.norms` or `Alignment.embedding_maps` hold them
+    place:str,                  # where the norm stands
+    *parts:str,                 # `gain`, `offset`, `gain2` or `offset2`
+) -> list[Tensor]: # (hidden,) or (hidden',) each
+    "Gains and offsets around a map; raises `ValueError` where none are known"
+    if f'{place}_{parts[0]}' in norms: return [norms[f'{place}_{part}'] for part in parts]
+    known = dict.fromkeys(name.rpartition('_')[0] for name in norms)
+    raise ValueError(f'no norm is known at {place!r}, but at {", ".join(known) or "no place"}')
+
 # %% ../../nbs/course/10_block_maps.ipynb #eed5542f
 @checked(A='rank hidden', read="hidden hidden'")
 def map_reader(
@@ -248,7 +264,7 @@ def map_reader(
     read:Tensor,                # (hidden, hidden') read map
 ) -> Tensor: # (rank, hidden')
     "A of a reader for the new model: through the old norm and the read map, with the new norm taken out"
-    gain, offset, gain2, offset2 = (norms[f'{part}_{name}'] for name in ('gain', 'offset', 'gain2', 'offset2'))
+    gain, offset, gain2, offset2 = _parts_of_norm(norms, part, 'gain', 'offset', 'gain2', 'offset2')
     w = inverse_gain(gain2)
     A2 = (A*gain)@read*w
     c = w@offset2
@@ -264,5 +280,5 @@ def map_writer(
     write:Tensor,               # (hidden', hidden) write map
 ) -> Tensor: # (hidden', rank)
     "B of a writer for the new model: through the old norm behind it and the write map, with the new norm taken out"
-    gain, gain2 = norms[f'{role}_gain'], norms[f'{role}_gain2']
+    gain, gain2 = _parts_of_norm(norms, role, 'gain', 'gain2')
     return inverse_gain(gain2)[:, None]*(write@(gain[:, None]*B))

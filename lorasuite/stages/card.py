@@ -13,10 +13,12 @@ from html import escape
 from importlib.metadata import version
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
+from ..core.files import split_revision
 from ..core.adapter import Adapter
 from ..core.loading import weight_hashes
 from ..core.model import ModelInfo
 from ..core.names import code_span, printable
+from ..core.settings import checked
 from .alignment import Alignment
 from .alignment_files import alignment_checksum
 
@@ -47,6 +49,7 @@ def _unmatched_units(
     yield f'new {space} of these layers without a partner (no update)', f'{without:,} of {new:,}'
 
 # %% ../../nbs/reference/card.ipynb #57fee0da
+@checked()
 def unmatched_parts(
     alignment:Alignment, # of two models
 ) -> Iterator[tuple[str, str]]: # what, which
@@ -55,6 +58,7 @@ def unmatched_parts(
     for space in ('heads', 'neurons', 'experts'): yield from _unmatched_units(alignment, space)
 
 # %% ../../nbs/reference/card.ipynb #682f4f5a
+@checked()
 def skipped_by_reason(
     adapter:Adapter, # with `skipped`
 ) -> dict[str, list[str]]: # reason: what was skipped for it
@@ -64,6 +68,7 @@ def skipped_by_reason(
     return found
 
 # %% ../../nbs/reference/card.ipynb #leftoutfn
+@checked()
 def left_out(
     adapter:Adapter, # of its own base
 ) -> dict[str, list[str]]: # reason: what
@@ -80,10 +85,12 @@ def _head(
 ) -> str:
     "The head of a model card"
     ours = dict(version=version('lorasuite'), base=dict(name=base, sha256=sha256)) | facts
-    data = ModelCardData(base_model=base, library_name='peft', tags=['lora', 'lorasuite'], lorasuite=ours)
+    repository, _ = split_revision(base)
+    data = ModelCardData(base_model=repository, library_name='peft', tags=['lora', 'lorasuite'], lorasuite=ours)
     return f'---\n{yaml_dump(data.to_dict(), sort_keys=False, allow_unicode=False)}---\n'
 
 # %% ../../nbs/reference/card.ipynb #1f452f61
+@checked()
 def recorded_base(
     card:str, # text of a model card
 ) -> dict: # `name` and `sha256` of the base model; empty where lorasuite did not write the card
@@ -146,6 +153,7 @@ def _card_lines(
     yield _versions()
 
 # %% ../../nbs/reference/card.ipynb #8c91e5d5
+@checked()
 def model_card(
     adapter:Adapter,        # that was carried
     carried:Adapter,        # what came of it
@@ -170,6 +178,7 @@ def _is_blank(
     return not re.sub(r'\A\s*---\n.*?\n---[ \t]*(\n|\Z)', '', card, flags=re.DOTALL).strip()
 
 # %% ../../nbs/reference/card.ipynb #ceadf647
+@checked()
 def tuned_card(
     start:Adapter,  # where the training began; one without updates stands for a fresh LoRA
     base:str,       # model that was trained on

@@ -51,12 +51,14 @@ def probe_texts() -> list[str]:
     return (data_dir()/'probe.txt').read_text(encoding='utf-8').splitlines()
 
 # %% ../../nbs/course/06_cka.ipynb #abd4adec
+@checked()
 @contextmanager
 def record_activations(
     decoder:Decoder,        # whose activations
     compare:str,            # `updates`: what attention and MLP add; `outputs`: what leaves the block
 ): # yields a dict that a forward pass fills: (kind, layer): (texts, length, hidden); kind 0 is mixers or output, 1 MLPs
     "Record what blocks add to the residual stream, or what leaves them"
+    if compare not in ('updates', 'outputs'): raise ValueError(f'compare={compare!r}: choose updates or outputs')
     kept = {}
     def keep(key):
         def hook(module, args, out):
@@ -72,7 +74,7 @@ def record_activations(
         for hook in hooks: hook.remove()
 
 # %% ../../nbs/course/06_cka.ipynb #8a95a437
-@checked()
+@checked('texts')
 def read_texts(
     decoder:Decoder,    # whose tokenizer
     texts:list[str],    # to be cut into tokens
@@ -126,6 +128,7 @@ def _check_finite(
                          'configuration or its files are damaged, or it needs a type with a wider range')
 
 # %% ../../nbs/course/06_cka.ipynb #21489d0b
+@checked()
 def paired_batches(
     old:Decoder,        # a model
     new:Decoder,        # another
@@ -134,6 +137,7 @@ def paired_batches(
     batch_size:int=16,  # texts at a time
 ) -> tuple[list, list]: # for each model and batch: token ids (texts, longest), positions (n,) counted through the batch
     "Batches of texts with the positions at which both models have read the same; `ValueError` for too little text"
+    if rows < 4: raise ValueError(f'rows={rows}: layers are compared at 4 positions or more')
     texts, batches, batches2 = sorted(texts, key=len), [], [] # texts of one length together: little padding
     for i in range(0, len(texts), batch_size):
         (ids, spans), (ids2, spans2) = (read_texts(decoder, texts[i:i+batch_size]) for decoder in (old, new))
@@ -147,6 +151,7 @@ def paired_batches(
 
 
 # %% ../../nbs/course/06_cka.ipynb #139620e9
+@checked()
 def activations_by_layer(
     decoder:Decoder,        # a model
     batches:list,           # as `paired_batches` gives them
@@ -174,12 +179,13 @@ def _above_diagonal(
 
 
 # %% ../../nbs/course/06_cka.ipynb #featuresfn
+@checked(X='n features')
 def centred_features(
     X:Tensor, # (n, features) one row per position, n ≥ 4
 ) -> Tensor: # (n*(n-1)/2,), on the CPU
     "The centred Gram matrix above its diagonal, scaled so that the inner product of two such is an unbiased HSIC"
-    n = len(X)
-    return (2/(n*(n-3)))**.5*u_centred(X).cpu().take(_above_diagonal(n))
+    K, n = u_centred(X), len(X)
+    return (2/(n*(n-3)))**.5*K.cpu().take(_above_diagonal(n))
 
 # %% ../../nbs/course/06_cka.ipynb #roomfn
 def _mapped_zeros(

@@ -17,10 +17,12 @@ from ..core.adapter import Adapter
 from ..core.block import dense_weight
 from ..core.loading import load_model
 from ..core.model import Decoder, ModelInfo
+from ..core.settings import checked
 from .alignment import Alignment
 from .transfer import carry_updates, in_float32, split_by_role, transfer
 
 # %% ../../nbs/course/27_dora.ipynb #doragains
+@checked(W='out in', A='rank in', B='out rank', magnitude='out')
 def magnitude_gains(
     W:Tensor,           # (out, in) weight of the base model
     A:Tensor,           # (rank, in)
@@ -31,6 +33,7 @@ def magnitude_gains(
     return magnitude/(W + B@A).norm(dim=1)
 
 # %% ../../nbs/course/27_dora.ipynb #doraupdate
+@checked(W='out in', A='rank in', B='out rank', magnitude='out')
 def dora_update(
     W:Tensor,           # (out, in) weight of the base model
     A:Tensor,           # (rank, in)
@@ -41,6 +44,7 @@ def dora_update(
     return magnitude_gains(W, A, B, magnitude)[:, None]*(W + B@A) - W
 
 # %% ../../nbs/course/27_dora.ipynb #dorawhole1
+@checked()
 def whole_updates(
     decoder:Decoder, # the base of a DoRA
 ) -> Callable[[Adapter, str], Tensor]: # from an adapter and the path of a module to (out, in), in float64
@@ -52,6 +56,7 @@ def whole_updates(
     return update
 
 # %% ../../nbs/course/27_dora.ipynb #dorawhole3
+@checked()
 def whole_updates_of_base(
     adapter:Adapter, # any
 ) -> Callable[[Adapter, str], Tensor]|None: # as `whole_updates` gives it; `None` where B A is all, or all that is known
@@ -62,6 +67,7 @@ def whole_updates_of_base(
         warnings.warn(f'{adapter.base} cannot be read here, so the errors of this DoRA are those of B A alone')
 
 # %% ../../nbs/course/27_dora.ipynb #doralora
+@checked(delta='out in')
 def best_lora(
     delta:Tensor,   # (out, in)
     rank:int,       # of the product
@@ -78,6 +84,7 @@ def best_lora(
     return root[:, None]*Vt[:rank], U[:, :rank]*root
 
 # %% ../../nbs/course/27_dora.ipynb #doradense
+@checked(delta='out in')
 def as_factors(
     delta:Tensor, # (out, in)
 ) -> tuple[Tensor, Tensor]: # A (n, in), B (out, n), n the smaller of both sizes
@@ -96,6 +103,7 @@ def _row_gains(
     return torch.where(square > 0, (target*X).sum(1)/square.clamp_min(1e-30), 1)
 
 # %% ../../nbs/course/27_dora.ipynb #dorafitfn
+@checked(W='out in', delta='out in')
 def fit_dora(
     W:Tensor,           # (out, in) weight of the new model
     delta:Tensor,       # (out, in) what shall be added to it
@@ -103,6 +111,7 @@ def fit_dora(
     rounds:int=50,      # at most
 ) -> tuple[Tensor, Tensor, Tensor]: # A (rank, in), B (out, rank), magnitude (out,)
     "The DoRA of a rank nearest to an update, by alternating least squares; it stops where it no longer improves"
+    if rounds < 1: raise ValueError(f'rounds={rounds}: give 1 or more')
     target = W + delta
     g, last = _row_gains(target, W), torch.inf
     for _ in range(rounds):
@@ -215,6 +224,7 @@ def _error_line(
             f'{mean:.2g} on average, at most {errors[worst]:.2g} (`{worst}`)\n')
 
 # %% ../../nbs/course/27_dora.ipynb #dorafinal
+@checked()
 def transfer_dora(
     adapter:Adapter,            # with magnitudes
     alignment:Alignment,        # of the old model with the new

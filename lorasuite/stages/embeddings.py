@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from ..core.adapter import Adapter, resized_model
 from ..core.model import check_shape, ModelInfo
+from ..core.settings import checked
 from .alignment import Alignment
 from .block_maps import map_reader
 
 # %% ../../nbs/reference/embeddings.ipynb #47f66670
+@checked()
 def unsupported_embeddings(
     old:ModelInfo,  # of the old model
     new:ModelInfo,  # of the new model
@@ -56,15 +58,18 @@ def _map_embedding_outputs(
     return alignment.write@B*(maps['scale']/maps['scale2'])
 
 # %% ../../nbs/reference/embeddings.ipynb #mprows02
+@checked(X='n hidden')
 def map_rows(
     X:Tensor,               # (n, hidden) rows of a table of the old model
     end:str,                # `embedding` or `head`
     alignment:Alignment,    # of the old model with the new
 ) -> Tensor: # (n, hidden')
     "Rows of the input or output embedding for the new model"
+    if end not in ('embedding', 'head'): raise ValueError(f'end={end!r}: choose embedding or head')
     return _map_head_inputs(X, alignment) if end == 'head' else _map_embedding_outputs(X.T, alignment).T
 
 # %% ../../nbs/reference/embeddings.ipynb #0b5594e7
+@checked()
 def check_tokens(
     adapter:Adapter,    # whose modules are named after the old model
     old:ModelInfo,      # of the old model
@@ -76,6 +81,7 @@ def check_tokens(
     if max(sizes, default=0) > old.vocab: raise ValueError(resized_model(old.name, old.vocab, max(sizes)))
 
 # %% ../../nbs/reference/embeddings.ipynb #5083ed98
+@checked()
 def transfer_embeddings(
     adapter:Adapter,        # of the old model
     alignment:Alignment,    # of the old model with the new
@@ -106,6 +112,7 @@ UNKNOWN_TOKEN = 'the new model does not know it: add it to the tokenizer, resize
 NO_ROWS = 'rows of single tokens have no place of their own in the new model'
 
 # %% ../../nbs/reference/embeddings.ipynb #a725d513
+@checked()
 def ends_of_rows(
     path:str,           # of an embedding of the old model
     old:ModelInfo,      # of the old model
@@ -139,6 +146,7 @@ def _has_rows(
     return bool(old.embedding_paths[end] and new.embedding_paths[end])
 
 # %% ../../nbs/reference/embeddings.ipynb #9fe0a63a
+@checked()
 def transfer_rows(
     adapter:Adapter,        # of the old model
     alignment:Alignment,    # of the old model with the new

@@ -44,7 +44,7 @@ def _walk_back(
     return pairs[::-1]
 
 # %% ../../nbs/course/07_layer_mapping.ipynb #f7141e4d
-@checked(similarity="layers layers'")
+@checked(similarity="layers layers'", allowed="whole layers layers'")
 def layer_map(
     similarity:Tensor,          # (layers, layers') e.g. a CKA table
     allowed:Tensor|None=None,   # (layers, layers') bool: may the two be partners? All may by default

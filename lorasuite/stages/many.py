@@ -21,8 +21,8 @@ import psutil, torch
 from tqdm.auto import tqdm
 from ..core.adapter import Adapter
 from ..core.containers import adapter_folders
-from ..core.files import file_hash, is_ours, locate, lock_directory, own_directory, read_utf8
-from ..core.files import temporary_directory, writing
+from ..core.files import file_hash, held, is_ours, locate, lock_directory, mark_directory
+from ..core.files import own_directory, read_utf8, temporary_directory, writing
 from ..core.loading import load_model
 from ..core.names import printable
 from ..core.ranks import base_dtype, check_writing, DTYPES, shrink
@@ -98,6 +98,7 @@ def _last_parts(
     return '--'.join(part for part in parts[-count:] if part.strip('/')).lstrip('.') or 'adapter'
 
 # %% ../../nbs/reference/many.ipynb #manyoutfn1
+@checked()
 def output_names(
     names:list[str], # of adapters, each once
 ) -> list[str]: # of directories
@@ -111,6 +112,7 @@ def output_names(
         for i in double: counts[i] += 1
 
 # %% ../../nbs/reference/many.ipynb #manywholefn
+@checked()
 def carry_whole(
     adapter:Adapter,        # of the old model
     alignment:Alignment,    # of the old model with the new
@@ -278,6 +280,7 @@ def _fault(
     return dict(error=' '.join(said.split()), traceback=''.join(traceback.format_exception(error)))
 
 # %% ../../nbs/reference/many.ipynb #manyonefn1
+@checked()
 def carry_one(
     job:Job,                # to be done
     alignment:Alignment,    # that carries the adapter
@@ -360,6 +363,7 @@ class _Worker:
         self.pool = None
 
 # %% ../../nbs/reference/many.ipynb #manypoolfn1
+@checked('todo')
 def run_in_processes(
     todo:list[Job], # one for each adapter
     path:str,       # directory of the alignment
@@ -450,6 +454,7 @@ def _on_ray(
         yield job, _ray_row(ray, done, job)
 
 # %% ../../nbs/reference/many.ipynb #manyrayfn5
+@checked('todo')
 def run_on_ray(
     todo:list[Job], # one for each adapter
     path:str,       # directory of the alignment
@@ -479,7 +484,8 @@ def _locked(
         raise FileExistsError(f'{out} holds something else: name a new directory, or that of an earlier run')
     with writing(out): own_directory(claims)
     handle = lock_directory(claims)
-    if handle is None: raise BlockingIOError(f'{out} is in use by another command: wait, or name another output')
+    if handle is None: raise held(out, claims, removable=False)
+    with writing(out): mark_directory(claims)
     try: yield
     finally: os.close(handle)
 
@@ -567,6 +573,7 @@ def _cells(
     return row['adapter'], row['status'], *counts, energy, seconds, printable(row.get('error', ''), 160)
 
 # %% ../../nbs/reference/many.ipynb #manytablefn2
+@checked()
 def report_lines(
     report:dict, # of `transfer_many`
 ) -> list[str]:

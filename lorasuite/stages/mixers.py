@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize, silu
 from ..core.block import Block
 from ..core.model import Norm
+from ..core.settings import checked
 from .block_maps import BlockMaps, exact_block, explains_more, fit_neuron_scales, gather_partners
 from .block_maps import inverse_gain, neuron_maps, split_role
 from .head_mapping import match, row_cosines, unit_roles
@@ -56,6 +57,7 @@ def _are_turned(
     return bool((left.norm(dim=1) < .03*at_first.norm(dim=1)).any())
 
 # %% ../../nbs/course/26_mixers.ipynb #mixmatch
+@checked(X='n d', X2="n' d")
 def match_units(
     X:Tensor,   # (n, d) one row per old unit, seen through a map
     X2:Tensor,  # (n', d) one row per new unit
@@ -65,10 +67,11 @@ def match_units(
     stay = len(X) == len(X2) and bool((near.diagonal() >= near.amax(0) - 1e-6).all())
     partners = torch.arange(len(X2)) if stay else match(near)
     found = gather_partners(X, partners)
-    if not _are_alike(found, X2, partners >= 0) or _are_turned(X, found, X2): return None
+    if not _are_alike(found, X2, (partners >= 0).to(X.device)) or _are_turned(X, found, X2): return None
     return partners, fit_neuron_scales(found, X2)
 
 # %% ../../nbs/course/26_mixers.ipynb #mixside
+@checked()
 def is_inner(
     spaces:tuple[str, str], # that a role reads and writes
 ) -> bool:
@@ -76,6 +79,7 @@ def is_inner(
     return any(space.endswith(('.in', '.out')) for space in spaces)
 
 # %% ../../nbs/course/26_mixers.ipynb #mixsidefn
+@checked()
 def inner_roles(
     block:Block, # a block
 ) -> list[str]: # those that read the stream first, then those that write it, then those between, linked ones last
@@ -101,13 +105,14 @@ def _map_inner_writer(
     else: known.partners[f'{role}.in'], known.maps[f'{role}.in'] = found
 
 # %% ../../nbs/course/26_mixers.ipynb #mixlatentfn
+@checked(W='n d', W2="n' d")
 def fit_latent_map(
     W:Tensor,   # (n, d) rows that write the old latent, seen through a map
     W2:Tensor,  # (n', d) rows that write the new one
 ) -> Tensor|None: # T (n', n) with W' ≈ T W; None where nothing fits better than it would by chance
     "The map between two latents: the identity where it fits, else least squares, the solution nearest to the identity"
-    I = torch.eye(len(W2), len(W), dtype=W.dtype)
-    T = I + torch.linalg.lstsq(W.T, (W2 - I@W).T, driver='gelsd').solution.T
+    I = torch.eye(len(W2), len(W)).to(W)
+    T = I + torch.linalg.lstsq(W.T.cpu(), (W2 - I@W).T.cpu(), driver='gelsd').solution.T.to(W)
     whole, still, mapped = (X.pow(2).sum()[None] + 1e-30 for X in (W2, W2 - I@W, W2 - T@W))
     rounding, by_chance = 1e-12*whole, 1 - len(W)/W.shape[1]
     fits = mapped < _LIKE**2*by_chance*whole
@@ -116,6 +121,7 @@ def fit_latent_map(
     return T if fits else None
 
 # %% ../../nbs/course/26_mixers.ipynb #mixnormed
+@checked(T="n' n")
 def behind_norm(
     T:Tensor, # (n', n) a map between latents
 ) -> Tensor: # (n', n)
@@ -125,6 +131,7 @@ def behind_norm(
     return (size2/size)**.5*T/scale
 
 # %% ../../nbs/course/26_mixers.ipynb #mixlinked
+@checked()
 def linked_inputs(
     role:str,   # that reads a latent in both models
     old:Block,  # a block
@@ -132,6 +139,7 @@ def linked_inputs(
     maps:dict[str, Tensor], # of the roles so far
 ) -> Tensor|None: # (n, n') what the old role reads, from what the new one reads; None where that is not known
     "The inverse of the map of a latent, behind the norm and with its gains"
+    if role not in old.found.links: raise ValueError(f'the role {role!r} of {old.path} reads no latent')
     source, norm = old.found.links[role]
     source2, norm2 = new.found.links.get(role, (None, None))
     T = maps.get(f'{source}.out')
@@ -145,8 +153,8 @@ def _with_gains(
     norm2:Norm|None,# in front of the new one
 ) -> Tensor: # (n, n')
     "The map for updates: through the old gain, with the new gain taken out"
-    if norm is not None: M = norm.gain[:, None]*M
-    return M if norm2 is None else M*inverse_gain(norm2.gain)
+    if norm is not None: M = norm.gain[:, None].to(M)*M
+    return M if norm2 is None else M*inverse_gain(norm2.gain).to(M)
 
 # %% ../../nbs/course/26_mixers.ipynb #mixcandidates
 def _candidates(
@@ -163,7 +171,7 @@ def _candidates(
         M = linked_inputs(role, old, new, known.maps)
         if M is not None: yield None, M
     else:
-        I = torch.eye(n, dtype=old.dtype)
+        I = torch.eye(n).to(read)
         if n == n2: yield torch.arange(n), I
         for partners in known.partners.values():
             fits = partners.ndim == 1 and len(partners) == n2 and partners.max() < n
@@ -181,6 +189,7 @@ def _unexplained(
     return (X2 - (M@X if partners is None else gather_partners(X, partners)*M[:, None])).pow(2).sum()
 
 # %% ../../nbs/course/26_mixers.ipynb #mixrows
+@checked(X='n d', X2="n' d")
 def match_rows(
     X:Tensor,   # (n, d) one row per old output of a role, seen through a map
     X2:Tensor,  # (n', d) one row per new output
@@ -249,6 +258,7 @@ def _expert_outputs(
     return torch.stack(outputs)
 
 # %% ../../nbs/course/26_mixers.ipynb #mixexpertsim
+@checked(read="hidden hidden'", write="hidden' hidden")
 def expert_similarity(
     old:Block,      # a block
     new:Block,      # its partner in the other model
@@ -287,6 +297,7 @@ def _stack_experts(
         known.maps.setdefault(kind, torch.ones(len(neurons), n2, dtype=scale.dtype))[expert2] = scale
 
 # %% ../../nbs/course/26_mixers.ipynb #mixexpertmaps
+@checked(read="hidden hidden'", write="hidden' hidden")
 def add_expert_maps(
     old:Block,      # a block
     new:Block,      # its partner in the other model
@@ -341,6 +352,7 @@ def _drop_ambiguous(
         for maps in (known.partners, known.maps): maps.pop(sides[role], None)
 
 # %% ../../nbs/course/26_mixers.ipynb #mixwholefn
+@checked(read="hidden hidden'", write="hidden' hidden")
 def whole_block(
     old:Block,      # a block
     new:Block,      # its partner in the other model

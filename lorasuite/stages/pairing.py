@@ -10,7 +10,7 @@ __all__ = ['base_doubt', 'warn_of_base', 'alignment_fault', 'base_fault', 'pair_
 import os, warnings
 from pathlib import PurePath
 from ..core.adapter import Adapter
-from ..core.files import resolve
+from ..core.files import resolve, split_revision
 from ..core.keys import unquantised_name
 from ..core.loading import load_skeleton, same_weights, weight_hashes
 from ..core.model import BlockInfo, model_info, ModelInfo
@@ -72,15 +72,18 @@ def base_doubt(
     known = recorded_base(adapter.card) or revision
     if not adapter.base or _same_name(adapter.base, name) and not known: return None
     base, sha256 = _base_of(adapter)
+    if revision and split_revision(name) == (base, revision): return None
     same = _same_model(base, sha256, str(name), weight_hashes(str(name)))
     if same is False:
         which = f'{base} (revision {revision})' if revision else base
         again = '' if same_weights(base, str(name)) is False else ', unless the same weights were saved again'
+        wanted = f'{base}@{revision}' if revision else 'the model that it was made for'
         return (f'WRONG BASE? the weight files of {name} are not those of {which} that the adapter was made for: '
-                f'the adapter will hardly work here{again}; give the model that it was made for')
+                f'the adapter will hardly work here{again}; give {wanted}')
     def family(model): return PurePath(unquantised_name(str(model))).name.lower()
     if same is None and revision and not recorded_base(adapter.card):
-        return f'the adapter was trained on the revision {revision} of {base}, which {name} may not be'
+        return (f'the adapter was trained on the revision {revision} of {base}, which {name} may not be: '
+                f'give {base}@{revision}')
     if same or _same_name(base, name) or family(base) == family(name): return None
     return f'the adapter was trained on {base}, which may be another model than {name}'
 
@@ -135,6 +138,7 @@ def _reads_otherwise(
     return f'the tokenizer of {infos[0].name} or of {infos[1].name} has'
 
 # %% ../../nbs/reference/pairing.ipynb #alignfault
+@checked()
 def alignment_fault(
     alignment:Alignment, # of two models
 ) -> str|None: # in words, with the remedy; `None` where nothing disagrees
@@ -148,6 +152,7 @@ def alignment_fault(
     return f'{changed} changed since the alignment was made: make it again with `lorasuite align {old} {new}`'
 
 # %% ../../nbs/reference/pairing.ipynb #basefault
+@checked()
 def base_fault(
     adapter:Adapter,        # that shall be carried
     alignment:Alignment,    # by these maps
@@ -163,6 +168,7 @@ def base_fault(
             f'whose {what} differ: make one with `lorasuite align {adapter.base} {new}`')
 
 # %% ../../nbs/reference/pairing.ipynb #89b902d9
+@checked()
 def pair_fault(
     adapter:Adapter,        # that shall be carried
     alignment:Alignment,    # by these maps
@@ -180,6 +186,7 @@ def _refuse(
     if fault: warnings.warn(fault)
 
 # %% ../../nbs/reference/pairing.ipynb #checkmodels
+@checked()
 def check_models(
     alignment:Alignment,    # of two models
     force:bool=False,       # go on with a warning?
@@ -188,6 +195,7 @@ def check_models(
     _refuse(alignment_fault(alignment), force)
 
 # %% ../../nbs/reference/pairing.ipynb #checkbase
+@checked()
 def check_base_of(
     adapter:Adapter,        # that shall be carried
     alignment:Alignment,    # by these maps

@@ -12,7 +12,7 @@ from ..core.architecture import ROLE_SPACES
 from ..core.block import Block
 from ..core.settings import checked
 from .block_maps import BlockMaps, gather_partners, norm_gains
-from .head_mapping import cosine, interaction, match
+from .head_mapping import cosine, interaction, match, repeat_heads
 
 # %% ../../nbs/course/09_paper.ipynb #dfc3e1c3
 @checked()
@@ -30,6 +30,23 @@ def dense_self_update(
     up = block.weight('up', fold=False)
     return up@torch.linalg.pinv(up)@D
 
+# %% ../../nbs/course/09_paper.ipynb #paperrows1
+def _paper_rows(
+    block:Block,        # whose heads are understood
+    H:Tensor|None=None, # (hidden, hidden') transfer matrix to see them through
+) -> dict[str, Tensor]: # role: (heads, n, hidden'), of k and v (kv_heads, n, hidden')
+    "The raw rows of q, k and v and columns of o, by head"
+    return {role: block.by_head(role, False, H, repeat=False) for role in 'qkvo'}
+
+# %% ../../nbs/course/09_paper.ipynb #paperrows3
+def _published_similarity(
+    rows:dict[str, Tensor],     # of the old block, as `_paper_rows` gives them, seen through the transfer matrix
+    rows2:dict[str, Tensor],    # of its partner in the other model
+) -> Tensor: # (heads, heads') one cosine over QK and VO together
+    "Cosines of all pairs of heads, both products taken as one long vector"
+    looks, moves = (interaction(*(X[role] for X in (rows, rows2) for role in pair)) for pair in ('qk', 'vo'))
+    return cosine(*(a + b for a, b in zip(looks, moves)))
+
 # %% ../../nbs/course/09_paper.ipynb #56a503f4
 @checked(H="hidden hidden'")
 def paper_head_similarity(
@@ -38,11 +55,7 @@ def paper_head_similarity(
     H:Tensor,   # (hidden, hidden') transfer matrix
 ) -> Tensor: # (heads, heads') one cosine over QK and VO together
     "Similarity of heads to the letter of LoRASuite, section 3.3: raw weights, one map for reading and writing"
-    q, k, v, o = (old.by_head(role, fold=False)@H for role in 'qkvo')
-    q2, k2, v2, o2 = (new.by_head(role, fold=False) for role in 'qkvo')
-    looks = interaction(q, k, q2, k2)
-    moves = interaction(v, o, v2, o2)
-    return cosine(*(a + b for a, b in zip(looks, moves)))
+    return _published_similarity(_paper_rows(old, H), _paper_rows(new))
 
 # %% ../../nbs/course/09_paper.ipynb #78c5435d
 @checked(W='i d')
@@ -55,17 +68,14 @@ def pseudo_inverse(
 
 # %% ../../nbs/course/09_paper.ipynb #paperheads
 def _paper_heads(
-    old:Block,      # a block
-    new:Block,      # its partner in the other model
-    H:Tensor,       # (hidden, hidden') transfer matrix
-    heads:Tensor,   # (heads',) old partner of each new head, or -1
+    rows:dict[str, Tensor],     # of the old block, as `_paper_rows` gives them, seen through the transfer matrix
+    rows2:dict[str, Tensor],    # of its partner in the other model
+    heads:Tensor,               # (heads',) old partner of each new head, or -1
 ) -> dict[str, Tensor]: # role: (heads', h', h)
     "The published maps of heads"
-    maps = {}
-    for role in 'qkvo':
-        W = gather_partners(old.by_head(role, fold=False), heads)
-        maps[role] = new.by_head(role, fold=False)@H.T@W.mT
-    return maps
+    n, n2 = len(rows['q']), len(rows2['q'])
+    partners = lambda W: gather_partners(repeat_heads(W, n), heads)
+    return {role: repeat_heads(rows2[role], n2)@partners(W).mT for role, W in rows.items()}
 
 # %% ../../nbs/course/09_paper.ipynb #paperneurons
 def _paper_neurons(
@@ -94,7 +104,8 @@ def paper_block(
     norms = {name: torch.full_like(x, 'gain' in name) for name, x in norm_gains(old, new).items()}
     found = BlockMaps({}, {}, norms, {role: NO_FORMULA for role in old.roles if role not in PAPER_ROLES})
     if old.found.attends and new.found.attends:
-        found.partners['heads'] = match(paper_head_similarity(old, new, H)) if heads is None else heads
-        found.maps |= _paper_heads(old, new, H, found.heads)
+        rows, rows2 = _paper_rows(old, H), _paper_rows(new)
+        found.partners['heads'] = match(_published_similarity(rows, rows2)) if heads is None else heads
+        found.maps |= _paper_heads(rows, rows2, found.heads)
     if {'up', 'down'} <= {*old.roles} & {*new.roles}: found.maps |= _paper_neurons(old, new, H)
     return found

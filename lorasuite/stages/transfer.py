@@ -308,6 +308,7 @@ def carry_updates(
     return group_by_module(_transfer_blocks(updates, alignment), alignment.new)
 
 # %% ../../nbs/course/12_transfer.ipynb #d713c160
+@checked()
 def in_float32(
     updates:dict[str, tuple[Tensor, Tensor]], # path: A, B
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -315,6 +316,7 @@ def in_float32(
     return {path: tuple(t.float().contiguous() for t in ab) for path, ab in updates.items()}
 
 # %% ../../nbs/course/12_transfer.ipynb #076c2a02
+@checked()
 def no_place(
     skipped:dict[str, str], # update: why it cannot be carried
 ) -> ValueError:

@@ -35,6 +35,7 @@ def normalise(
     return X/X.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 # %% ../../nbs/course/05_transfer_matrix.ipynb #0453ae46
+@checked(C='p q')
 def polar_factor(
     C:Tensor, # (p, q) in float64
 ) -> tuple[Tensor, Tensor]: # Q (p, q) with orthonormal rows or columns; singular values of C, largest first
@@ -46,7 +47,7 @@ def polar_factor(
         squares, V = torch.linalg.eigh(C.T@C)
         s = squares.clamp_min(0).sqrt()
         if s[0] > 1e-5*s[-1]: return C@(V/s)@V.T, s.flip(0)
-    if C.shape[0] == C.shape[1]: C = C + 1e-9*torch.linalg.matrix_norm(C)*torch.eye(len(C), dtype=C.dtype)
+    if C.shape[0] == C.shape[1]: C = C + 1e-9*torch.linalg.matrix_norm(C)*torch.eye(len(C)).to(C)
     U, s, Vt = torch.linalg.svd(C, full_matrices=False)
     return U@Vt, s
 
@@ -66,6 +67,7 @@ class PairSums:
         return PairSums(*(None if a is None else a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
 # %% ../../nbs/course/05_transfer_matrix.ipynb #sumpairs
+@checked(X='n p', Y='n q')
 def sum_pairs(
     X:Tensor,   # (n, p) rows
     Y:Tensor,   # (n, q) rows
@@ -77,6 +79,7 @@ def sum_pairs(
 
 
 # %% ../../nbs/course/05_transfer_matrix.ipynb #isofn
+@checked()
 def isometry_of_sums(
     sums:PairSums, # of rows X (n, p) and Y (n, q)
 ) -> tuple[Tensor, dict]: # M (p, q) = c Q with orthonormal rows or columns; its quality as `fit_quality` gives it
@@ -97,6 +100,7 @@ def scaled_isometry(
     return isometry_of_sums(sum_pairs(X, Y))[0].to(X)
 
 # %% ../../nbs/course/05_transfer_matrix.ipynb #streamsums
+@checked()
 def stream_sums(
     blocks:Iterable[tuple[Tensor, Tensor]], # (n, hidden) and (n, hidden') embeddings of shared tokens, block by block
     kinds:tuple[str, str]=('rms', 'rms'),   # how the two models normalise what they read

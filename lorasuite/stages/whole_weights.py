@@ -19,6 +19,7 @@ from ..core.model import Decoder
 from ..core.settings import checked
 
 # %% ../../nbs/reference/whole_weights.ipynb #aaf49399
+@checked(D='out in')
 def nearest_update(
     D:Tensor,   # (out, in) the change of a weight
     rank:int,   # at most
@@ -55,6 +56,7 @@ def _change(
     return D.T if isinstance(module, Conv1D) else D
 
 # %% ../../nbs/reference/whole_weights.ipynb #b6a6a832
+@checked()
 def expected_updates(
     adapter:Adapter,    # with whole weights
     decoder:Decoder,    # the old model, possibly without its weights

@@ -8,10 +8,12 @@ __all__ = ['MATCHES', 'CHAIN_OF_THOUGHT', 'COMMONSENSE', 'Score', 'paired_differ
 
 # %% ../../nbs/course/15_evaluate.ipynb #06e09bc3
 import difflib, math, re, time, warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -131,8 +133,20 @@ def _check_computes(
     why = f'{bad} has values that are not finite' if bad else f'they overflow in {str(model.dtype)[6:]}'
     raise ValueError(f'the model computes no numbers ({why}): load it again, or in float32')
 
+# %% ../../nbs/course/15_evaluate.ipynb #spoken01
+_THOUGHT_MARKS = ('<think>', '</think>')
+
+def _spoken(
+    tokenizer:PreTrainedTokenizerBase,  # of the model
+    ids:list[int],                      # of an answer
+) -> str:
+    "An answer without its special tokens, but with the marks of a thought"
+    added = tokenizer.added_tokens_decoder
+    def silent(i): return i in added and added[i].special and added[i].content not in _THOUGHT_MARKS
+    return tokenizer.decode([i for i in ids if not silent(i)])
+
 # %% ../../nbs/course/15_evaluate.ipynb #2c3d164e
-@checked('prompts')
+@checked('prompts', 'stop')
 @torch.no_grad()
 def generate(
     model:torch.nn.Module,  # a causal language model, with or without an adapter
@@ -145,16 +159,20 @@ def generate(
     ends:Sequence[int]=(),  # tokens at which an answer is over, besides those that the model names
 ) -> list[str]: # the continuations
     "Continue prompts greedily, whatever the model's generation config asks for"
-    prompts, texts = [tokenizer(p).input_ids if isinstance(p, str) else p for p in prompts], []
+    prompts = [tokenizer(p).input_ids if isinstance(p, str) else p for p in prompts]
     if prompts: _check_computes(model, prompts[0])
+    order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), ['']*len(prompts)
     with _greedy(model, tokenizer, max_new_tokens, ends) as config:
         for i in tqdm(range(0, len(prompts), batch_size), disable=not progress):
-            ids, mask = (t.to(model.device) for t in _left_padded(prompts[i:i+batch_size], config.pad_token_id))
+            some = order[i:i+batch_size]
+            ids, mask = (t.to(model.device) for t in _left_padded([prompts[j] for j in some], config.pad_token_id))
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-            texts += tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
-    return [_cut_answer(t, stop) for t in texts]
+            said = [_spoken(tokenizer, row) for row in out[:, ids.shape[1]:].tolist()]
+            for j, text in zip(some, said): texts[j] = _cut_answer(text, stop)
+    return texts
 
 # %% ../../nbs/course/15_evaluate.ipynb #1734bc89
+@checked()
 def exact_match(
     said:str,   # what the model said
     answer:str, # the expected answer
@@ -171,12 +189,12 @@ def _answer_limits(
     for number, e in enumerate(data, 1):
         if 'answer' not in e: raise ValueError(f'example {number} has no answer to compare with')
     answers = renderer.tokenizer([e['answer'] for e in data], add_special_tokens=False).input_ids
-    longest = max(16, *(len(ids) + 2 for ids in answers), 512 if renderer.thinks else 0)
+    longest = max(16, *(len(ids) + 2 for ids in answers))
     if renderer.context and longest > renderer.context:
         warnings.warn(f'the longest answer has {longest - 2:,} tokens, {renderer.name} can read {renderer.context:,}: '
                       'answers are cut there')
-        longest = renderer.context
-    return dict(max_new_tokens=longest, stop=None if renderer.template else '\n', ends=renderer.ends)
+    limit = min(max(longest, 512 if renderer.thinks else 0), renderer.context or math.inf)
+    return dict(max_new_tokens=limit, stop=None if renderer.template else '\n', ends=renderer.ends)
 
 # %% ../../nbs/course/15_evaluate.ipynb #62fad39b
 @checked('data')
@@ -196,7 +214,7 @@ def evaluate(
     if adapter is None: answers = ask(decoder.model)
     else:
         with adapter.on(decoder) as model: answers = ask(model)
-    right = [match(a, e['answer']) for a, e in zip(answers, data)]
+    right = [match(a, drop_thoughts(e['answer'])) for a, e in zip(answers, data)]
     return Score(answers, right, time.perf_counter() - start)
 
 # %% ../../nbs/course/15_evaluate.ipynb #c6666e97
@@ -204,6 +222,7 @@ _WHOLE = r'(?:\d{1,3}(?:,\d{3})+|\d+)' # with or without commas between the thou
 _NUMBER_PATTERN = re.compile(rf'(?:(?<!\d)-)?(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:/\d+)?')
 
 # %% ../../nbs/course/15_evaluate.ipynb #93d2f34b
+@checked()
 def last_number(
     text:str, # maybe with numbers in it
 ) -> float: # not a number where there is none
@@ -214,6 +233,7 @@ def last_number(
     return float(above)/float(below) if below.strip('0') else float(above)
 
 # %% ../../nbs/course/15_evaluate.ipynb #120e5579
+@checked()
 def same_number(
     said:str,   # what the model said
     answer:str, # the expected answer
@@ -222,6 +242,7 @@ def same_number(
     return abs(last_number(said) - last_number(answer)) <= 1e-3
 
 # %% ../../nbs/course/15_evaluate.ipynb #50f19fff
+@checked()
 def same_letter(
     said:str,   # what the model said
     answer:str, # the expected answer
@@ -231,6 +252,7 @@ def same_letter(
     return letters[0] == letters[1] != []
 
 # %% ../../nbs/course/15_evaluate.ipynb #8ad3162a
+@checked()
 def same_choice(
     said:str,   # what the model said
     answer:str, # the expected answer
@@ -283,17 +305,43 @@ def _task_index(
         raise ImportError(f'benchmarks are run by lm-eval ({e}): pip install "lorasuite[eval]"') from None
     return TaskManager(include_defaults=named)
 
+# %% ../../nbs/course/15_evaluate.ipynb #tasktxt1
+def _task_texts() -> list[str]: # none where lm-eval is not installed
+    "The files that describe the tasks of lm-eval"
+    found = find_spec('lm_eval')
+    folders = found.submodule_search_locations if found else []
+    return [file.read_text('utf-8', 'ignore') for folder in folders for file in Path(folder, 'tasks').rglob('*.yaml')]
+
+# %% ../../nbs/course/15_evaluate.ipynb #tasktxt2
+def _written_names(
+    texts:list[str], # of files that describe tasks
+) -> set[str]:
+    "The names of tasks, groups and tags that are written out"
+    named = re.compile(r'^[ \t-]*"?(?:task|group|tag)"?[ \t]*:[ \t]*"?([\w.-]+)', re.MULTILINE)
+    return {name for text in texts for name in named.findall(text)}
+
+# %% ../../nbs/course/15_evaluate.ipynb #tasktxt4
+def _no_task(
+    name:str,               # that was asked for
+    known:Iterable[str],    # names of tasks
+) -> ValueError:
+    "The error for a name that lm-eval does not know, with similar ones"
+    near = ', '.join(difflib.get_close_matches(name, known))
+    return ValueError(f'lm-eval has no task {name!r}: {near or "no name is near; `lm-eval ls tasks` prints them all"}')
+
 # %% ../../nbs/course/15_evaluate.ipynb #79f5b7cc
+@checked()
 def check_tasks(
     tasks:list[str|dict], # names of lm-eval, or configurations of tasks
 ): # an `lm_eval.tasks.TaskManager`
     "Raise `ValueError` for names that lm-eval does not know, with similar ones"
-    index = _task_index(any(isinstance(t, str) for t in tasks))
-    for name in tasks:
-        if not isinstance(name, str) or name in index.all_tasks: continue
-        near = ', '.join(difflib.get_close_matches(name, index.all_tasks))
-        near = near or 'no name is near; `lm-eval ls tasks` prints them all'
-        raise ValueError(f'lm-eval has no task {name!r}: {near}')
+    names = [t for t in tasks if isinstance(t, str)]
+    texts = _task_texts() if names else []
+    for name in names:
+        if texts and not any(name in text for text in texts): raise _no_task(name, _written_names(texts))
+    index = _task_index(bool(names))
+    for name in names:
+        if name not in index.all_tasks: raise _no_task(name, index.all_tasks)
     return index
 
 # %% ../../nbs/course/15_evaluate.ipynb #4ca1d97b

@@ -431,6 +431,7 @@ def _chat_rows(
 # %% ../../nbs/reference/examples.ipynb #7e4a07b4
 class Examples(list):
     "Examples, with one line that says how they were read"
+    @checked()
     def __init__(self,
         rows:list[dict]=(),     # the examples
         description:str='',     # how many, from which columns, and which are ignored

@@ -24,6 +24,7 @@ from .evaluate import evaluate
 from .prompts import ask_all, Prompts, prompts_of_both, question_key, question_places, Renderer
 
 # %% ../../nbs/course/19_refit.ipynb #d48a2247
+@checked(A="rank in'", X="n in'", Z='n rank')
 def ridge_towards(
     A:Tensor,       # (rank, in') where to start
     X:Tensor,       # (n, in') inputs
@@ -78,6 +79,7 @@ def paired_positions(
 _SAME_INPUT = dict(k='q', v='q', g='q', gate='up') # role: another role that reads the same
 
 # %% ../../nbs/course/19_refit.ipynb #0e6a56c8
+@checked()
 @torch.no_grad()
 def record_inputs(
     decoder:Decoder,    # a model
@@ -158,7 +160,9 @@ def agreement(
     others:list[str],   # of another, to the same questions
 ) -> float:
     "Share of questions to which two models give the same answer"
-    return sum(a == b for a, b in zip(answers, others, strict=True))/len(answers)
+    if len(answers) != len(others):
+        raise ValueError(f'{len(answers)} answers and {len(others)} others: both models answer the same questions')
+    return sum(a == b for a, b in zip(answers, others))/len(answers)
 
 # %% ../../nbs/course/19_refit.ipynb #82098a1c
 RIDGE_STRENGTHS = (.1, 10.) # that `best_refit` tries

@@ -29,6 +29,7 @@ from ..stages.card import code_span, tuned_card
 from .evaluate import generate
 from .finetune import finetune
 from .prompts import ask_all, drop_thoughts, Prompts, question_key, Renderer, with_answer
+from .prompts import with_opening, without_thoughts
 from .trainer import hash_tensors, Run
 
 # %% ../../nbs/course/20_refresh.ipynb #8aec3c88
@@ -42,7 +43,7 @@ def _is_usable(
     return 0 < len(tokenizer(f' {answer}', add_special_tokens=False).input_ids) < max_new_tokens
 
 # %% ../../nbs/course/20_refresh.ipynb #90fc65dc
-@checked()
+@checked('stop')
 def pseudo_label(
     model:torch.nn.Module,              # a causal language model with its adapter on
     tokenizer:PreTrainedTokenizerBase,  # its tokenizer
@@ -57,12 +58,12 @@ def pseudo_label(
     renderer = renderer or Renderer(tokenizer)
     asked = ask_all(renderer, inputs, room=max_new_tokens)
     answers = generate(model, tokenizer, asked, max_new_tokens, stop=stop, ends=renderer.ends, **kwargs)
-    if renderer.prompts.thinking != 'keep': answers = [*map(drop_thoughts, answers)]
+    answers = [*map(with_opening if renderer.prompts.thinking == 'keep' else drop_thoughts, answers)]
     examples = [with_answer(e, a) for e, a in zip(inputs, answers) if _is_usable(a, tokenizer, max_new_tokens)]
     if not examples:
         raise ValueError(f'the old specialist left all {len(inputs):,} inputs unanswered, or did not finish within '
                          f'{max_new_tokens} tokens: is this its adapter, are the inputs of its kind, '
-                         'and does a line break end its answers?')
+                         'and does a line break end its answers? Thoughts count too')
     return examples
 
 # %% ../../nbs/course/20_refresh.ipynb #1960cd14
@@ -74,6 +75,7 @@ def _token_bytes(
     return id_to_bytes(tokenizer) | {i: b'' for i in (tokenizer.eos_token_id, *ends)}
 
 # %% ../../nbs/course/20_refresh.ipynb #b508e0cf
+@checked()
 def token_texts(
     tokenizer:PreTrainedTokenizerBase,  # of the teacher
     stop:str|None=None,                 # what ends an answer besides the end token
@@ -158,6 +160,7 @@ def teacher_top_k(
     return notes
 
 # %% ../../nbs/course/20_refresh.ipynb #3a128018
+@checked()
 def load_distillation_data(
     path:str|os.PathLike,   # directory of teacher data
     key:str,                # hash of what is wanted
@@ -179,8 +182,39 @@ def _as_row(
     "An example as a row of a table"
     return example | dict(messages=json.dumps(example['messages'])) if 'messages' in example else example
 
+# %% ../../nbs/course/20_refresh.ipynb #dropth01
+def _thinking_teacher(
+    decoder:Decoder,        # the old base model
+    inputs:list[dict],      # questions
+    prompts:Prompts,        # whose thoughts are dropped
+) -> tuple[list[dict], Renderer]: # questions without earlier thoughts; a renderer that keeps the answer's
+    "How a specialist is asked whose thoughts are dropped from its lessons"
+    return [*map(without_thoughts, inputs)], Renderer.of(decoder, replace(prompts, thinking='keep'))
+
+# %% ../../nbs/course/20_refresh.ipynb #dropth02
+def _behind_thought(
+    note:dict, # `tokens`, `options` and `chances` of an answer
+) -> dict: # the same without what belongs to a thought
+    "What a teacher expects in its answer, behind its thought"
+    text = b''.join(note['tokens'])
+    rest = text.rpartition(b'</think>')[2].lstrip() if b'</think>' in text else text
+    begins = accumulate(map(len, note['tokens']), initial=0)
+    first = sum(at < len(text) - len(rest) for at, _ in zip(begins, note['tokens']))
+    return {key: values[first:] for key, values in note.items()}
+
+# %% ../../nbs/course/20_refresh.ipynb #dropth04
+def _dropped_thoughts(
+    examples:list[dict],    # with answers
+    notes:list[dict],       # of `teacher_top_k`
+) -> tuple[list[dict], list[dict]]: # of answers that say something
+    "Examples and what a teacher expects of them, both without thoughts; raises `ValueError` if nothing is left"
+    answers = [drop_thoughts(e['answer']) for e in examples]
+    kept = [(with_answer(e, a), _behind_thought(n)) for e, a, n in zip(examples, answers, notes) if a]
+    if not kept: raise ValueError(f'none of {len(examples):,} answers of the old specialist says anything but thoughts')
+    return [e for e, _ in kept], [n for _, n in kept]
+
 # %% ../../nbs/course/20_refresh.ipynb #5b4bbdb6
-@checked()
+@checked('stop')
 def distillation_data(
     decoder:Decoder,            # the old base model
     inputs:list[dict],          # with `instruction` and maybe `input`
@@ -199,10 +233,13 @@ def distillation_data(
     renderer = Renderer.of(decoder, prompts)
     key = Hasher.hash((base, ask_all(renderer, inputs), prompts, held, top, stop, kwargs))
     if keep and Path(keep).exists(): return load_distillation_data(keep, key)
+    dropped = renderer.prompts.thinking == 'drop'
+    if dropped: inputs, renderer = _thinking_teacher(decoder, inputs, prompts)
     with adapter.on(decoder) if adapter else nullcontext(decoder.model) as model:
         shared = dict(stop=stop, progress=progress, renderer=renderer)
         examples = pseudo_label(model, decoder.tokenizer, inputs, **shared, **kwargs)
         notes = teacher_top_k(model, decoder.tokenizer, examples, top, **shared)
+    if dropped: examples, notes = _dropped_thoughts(examples, notes)
     taught = Dataset.from_list([_as_row(e) | n for e, n in zip(examples, notes)])
     taught.info.description = key
     if keep:
@@ -210,6 +247,7 @@ def distillation_data(
     return taught
 
 # %% ../../nbs/course/20_refresh.ipynb #ff81b4f3
+@checked()
 def token_starts(
     tokens:list[bytes], # of a text
 ) -> list[int]: # counted from the end of the text, so negative
@@ -218,6 +256,7 @@ def token_starts(
     return [a - at[-1] for a in at[:-1]]
 
 # %% ../../nbs/course/20_refresh.ipynb #4d627918
+@checked()
 def continuations(
     example:dict,   # one row of teacher data, with `tokens`, `options` and `chances`
     start:int,      # byte where a token of the student starts, from the end of the text
@@ -252,6 +291,7 @@ def _first_token(
         if said[:n] in vocabulary: return vocabulary[said[:n]]
 
 # %% ../../nbs/course/20_refresh.ipynb #51712c46
+@checked()
 def project_to_vocabulary(
     chances:dict[bytes, float],     # what is said: its probability
     vocabulary:dict[bytes, int],    # tokens of the student
@@ -283,6 +323,7 @@ class SoftTargetLoss:
     p:Tensor    # (n, k) their probabilities
 
     @classmethod
+    @checked('rows')
     def of(cls,
         rows:list[dict[int, float]], # token: probability
     ) -> 'SoftTargetLoss':
@@ -328,6 +369,7 @@ def _answer_targets(
     return rows
 
 # %% ../../nbs/course/20_refresh.ipynb #f7afec10
+@checked('examples')
 def student_targets(
     examples:list[dict],                # teacher data, and examples without a teacher
     tokenizer:PreTrainedTokenizerBase,  # of the student

@@ -38,6 +38,7 @@ def split_batch(
     return micro, batch_size//(micro*devices)
 
 # %% ../../nbs/reference/trainer.ipynb #5f980f95
+@checked()
 @torch.no_grad()
 def check_packing(
     model:torch.nn.Module,  # to be trained
@@ -88,6 +89,7 @@ def watch_memory(
 # %% ../../nbs/reference/trainer.ipynb #56633ae2
 class Run(list):
     "The loss at every step, and what the training cost"
+    @checked()
     def __init__(self,
         losses:Iterable[float]=(),              # mean over the learned tokens of each step
         seconds:float=0.,                       # since the start, or since it was resumed
@@ -123,6 +125,7 @@ def _restoring(
         for module, flag in flags: module.gradient_checkpointing = flag
 
 # %% ../../nbs/reference/trainer.ipynb #1920ac7b
+@checked()
 def hash_tensors(
     tensors:Iterable[torch.Tensor], # of any types
 ) -> str: # 64 hexadecimal digits
@@ -203,6 +206,7 @@ def _is_sound(
     return sealed == _file_hashes(folder)
 
 # %% ../../nbs/reference/trainer.ipynb #a203ae2c
+@checked()
 def last_checkpoint(
     path:Path, # directory for checkpoints, of ours
 ) -> str|None:
@@ -217,6 +221,7 @@ def last_checkpoint(
         remove_directory(steps[step])
 
 # %% ../../nbs/reference/trainer.ipynb #0267531c
+@checked()
 @contextmanager
 def resume_checkpoint(
     args:TrainingArguments, # with the directory for checkpoints
@@ -401,6 +406,7 @@ def _plot_run(
     if held_out: ax.plot(*zip(*held_out.items()), '--', color=color, label=label and f'{label}, validation')
 
 # %% ../../nbs/reference/trainer.ipynb #b7982a6a
+@checked()
 def plot_losses(
     curves:dict[str, list[list[float]]],    # label: one `Run`, or list of losses, per run
     ax:'Axes',                              # where to draw

@@ -13,12 +13,14 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainerCallback
+from ..core.settings import checked
 from ..training.examples import encode
 from .lora2 import bias_free_linear, check_phases, lora_layers, restore_plain_lora
 
 # %% ../../nbs/course/23_alora.ipynb #a0f5f012
 class GatedB(nn.Module):
     "B diag(g): in place of PEFT's `lora_B`"
+    @checked(B='out rank')
     def __init__(self,
         B:Tensor,   # (out, rank)
         room:int,   # directions in all
@@ -55,6 +57,7 @@ def _widen(
     return bias_free_linear(torch.cat([A, more]))
 
 # %% ../../nbs/course/23_alora.ipynb #4d0d4eb9
+@checked('examples')
 def batch_of(
     examples:list[dict],                # with `instruction`, `input` and `output`
     tokenizer:PreTrainedTokenizerBase,  # of the model
@@ -106,6 +109,7 @@ class Ablation:
         return found
 
 # %% ../../nbs/course/23_alora.ipynb #b6b7d735
+@checked()
 def reallocate(
     importance:list[dict[int, float]],  # for each layer, direction: its worth
     rooms:list[int],                    # directions that each layer can have
@@ -147,6 +151,7 @@ def _add_gates(
 # %% ../../nbs/course/23_alora.ipynb #5f7741dc
 class ALoRA(TrainerCallback):
     "ALoRA (arXiv 2403.16187) on a model with a LoRA of the mean rank: a callback; `finish` after the training"
+    @checked()
     def __init__(self,
         model:PeftModel,            # with a LoRA, fresh or not; gated in place
         batch:dict[str, Tensor],    # examples from `batch_of` to measure on, which are not trained on

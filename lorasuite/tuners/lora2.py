@@ -28,6 +28,7 @@ def _random_orthonormal(
     return torch.linalg.qr(torch.randn(n, r, device=like.device, dtype=like.dtype))[0].T
 
 # %% ../../nbs/course/21_lora2.ipynb #9e43d191
+@checked(A='rank in', B='out rank')
 def low_rank_svd(
     A:Tensor, # (r, in)
     B:Tensor, # (out, r)
@@ -40,6 +41,7 @@ def low_rank_svd(
     return V@Qa.T, (Qb@U).T, e
 
 # %% ../../nbs/course/21_lora2.ipynb #3a92d79f
+@checked(rows='r n')
 def two_scale_factors(
     rows:Tensor,    # (r, n) orthonormal
     k:int,          # dimensions of the subspace, from r to n; anything else raises `ValueError`
@@ -56,6 +58,7 @@ def two_scale_factors(
 # %% ../../nbs/course/21_lora2.ipynb #025e9b50
 class Importance(nn.Module):
     "Smoothed sensitivity and uncertainty of a parameter (AdaLoRA, arXiv 2303.10512, equations 8 to 11)"
+    @checked()
     def __init__(self,
         w:Tensor,                   # the parameter
         smooth:tuple=(.85, .85),    # share that the running means keep in a step: sensitivity, uncertainty
@@ -80,6 +83,7 @@ class Importance(nn.Module):
 # %% ../../nbs/course/21_lora2.ipynb #e2e2aec2
 class TwoScaleA(nn.Module):
     "V: the directions that an update reads, in place of `lora_A`"
+    @checked()
     def __init__(self,
         rows:Tensor,    # (r, n) orthonormal
         k:int,          # dimensions of the subspace
@@ -104,6 +108,7 @@ class TwoScaleA(nn.Module):
 # %% ../../nbs/course/21_lora2.ipynb #e9f82f7d
 class TwoScaleB(TwoScaleA):
     "U diag(e): the directions that an update writes and how much of each, in place of `lora_B`"
+    @checked()
     def __init__(self,
         rows:Tensor,    # (r, n) orthonormal
         e:Tensor,       # (r,) singular values
@@ -125,6 +130,7 @@ class TwoScaleB(TwoScaleA):
     def forward(self, x:Tensor) -> Tensor: return F.linear(F.linear(x*self.e, self.inner.T), self.outer.T)
 
 # %% ../../nbs/course/21_lora2.ipynb #c6f33b9d
+@checked(M='r n')
 def orthogonality_loss(
     M:Tensor, # (r, n)
 ) -> Tensor: # ()
@@ -139,6 +145,7 @@ def _orthogonality_grad(
     return 4*(M@M.T@M - M)
 
 # %% ../../nbs/course/21_lora2.ipynb #489fb457
+@checked()
 @torch.no_grad()
 def add_orthogonality_grad(
     plane:TwoScaleA,    # with gradients of the loss
@@ -151,6 +158,7 @@ def add_orthogonality_grad(
     inner.grad += strength*(_orthogonality_grad(inner) + through@outer.T)
 
 # %% ../../nbs/course/21_lora2.ipynb #b2c8aa8d
+@checked()
 def cubic_budget(
     step:int,   # of training
     start:int,  # directions at the beginning
@@ -173,6 +181,7 @@ def _is_plain(
     return isinstance(layer.lora_A[name], nn.Linear) and layer.lora_B[name].bias is None
 
 # %% ../../nbs/course/21_lora2.ipynb #feff0478
+@checked()
 def lora_layers(
     model:PeftModel, # with a LoRA
 ) -> dict[str, LoraLayer]: # path in the base model: layer
@@ -186,6 +195,7 @@ def lora_layers(
     return layers
 
 # %% ../../nbs/course/21_lora2.ipynb #37b94d7b
+@checked(weight='out in')
 def bias_free_linear(
     weight:Tensor, # (out, in)
 ) -> nn.Linear: # with a copy of it
@@ -195,6 +205,7 @@ def bias_free_linear(
     return m
 
 # %% ../../nbs/course/21_lora2.ipynb #7f129ff7
+@checked()
 def restore_plain_lora(
     model:PeftModel,                            # with a LoRA
     layers:dict[str, LoraLayer],                # from `lora_layers`
@@ -231,6 +242,7 @@ def _two_scale_pair(
         raise ValueError(f'{path}: {error}') from None
 
 # %% ../../nbs/course/21_lora2.ipynb #fc0d4442
+@checked()
 def direction_scores(
     pairs:list[tuple[TwoScaleA, TwoScaleB]], # of all layers
 ) -> list[Tensor]: # one (r,) per layer
@@ -242,6 +254,7 @@ def direction_scores(
     return scores
 
 # %% ../../nbs/course/21_lora2.ipynb #a18bc70a
+@checked('pairs')
 @torch.no_grad()
 def prune_directions(
     pairs:list[tuple[TwoScaleA, TwoScaleB]],    # of all layers
@@ -257,12 +270,13 @@ def prune_directions(
         left.e.mul_(k)
 
 # %% ../../nbs/course/21_lora2.ipynb #f1efe76a
+@checked()
 def check_phases(
     phases:tuple,   # parts of the training at which something begins, and ends
     what:str,       # what that is
 ):
     "Raise `ValueError` unless both lie between 0 and 1, in order"
-    if not 0 <= phases[0] < phases[1] <= 1:
+    if len(phases) != 2 or not 0 <= phases[0] < phases[1] <= 1:
         raise ValueError(f'phases={phases}: {what} begins at the first part of the training and ends at the second, '
                          'both between 0 and 1')
 
@@ -333,6 +347,7 @@ class LoRA2(TrainerCallback):
         return f'LoRA2({", ".join(f"{s}={getattr(self, s)}" for s in settings)})'
 
 # %% ../../nbs/course/21_lora2.ipynb #46056375
+@checked()
 def plot_ranks(
     ranks:dict[str, int],   # path of a module: directions that it keeps
     decoder:Decoder,        # the base model

@@ -23,6 +23,7 @@ from ..training.examples import encode
 from ..training.trainer import fit, Run
 
 # %% ../../nbs/course/22_qr_start.ipynb #b5523d0f
+@checked(A='rank in', B='out rank', G='out in')
 def first_step(
     A:Tensor, # (rank, in) where training starts
     B:Tensor, # (out, rank) where training starts
@@ -32,7 +33,7 @@ def first_step(
     return G@A.T@A + B@(B.T@G)
 
 # %% ../../nbs/course/22_qr_start.ipynb #95ae8e6d
-@checked()
+@checked(W='out in')
 def qr_start(
     W:Tensor, # (out, in) a base weight
     rank:int, # at most the smaller side of W
@@ -42,6 +43,7 @@ def qr_start(
     return R[:rank].contiguous(), Q[:, :rank].contiguous()
 
 # %% ../../nbs/course/22_qr_start.ipynb #4ffd0e85
+@checked(W='out in', A='rank in', B='out rank')
 def residual_weight(
     W:Tensor,       # (out, in) a base weight
     A:Tensor,       # (rank, in) where training starts
@@ -52,6 +54,7 @@ def residual_weight(
     return (W.float() - scale*B@A).to(W.dtype)
 
 # %% ../../nbs/course/22_qr_start.ipynb #cf8753c9
+@checked(W='out in')
 def captured_share(
     W:Tensor, # (out, in) a base weight
 ) -> tuple[Tensor, Tensor]: # (smaller side,) for every rank: from QR, from SVD
@@ -67,6 +70,7 @@ LORA_STARTS = dict(default=True, orthogonal='orthogonal', pissa='pissa', olora='
 MODIFIES_BASE = ('pissa', 'olora') # starts that change the base weights
 
 # %% ../../nbs/course/22_qr_start.ipynb #a294f1fb
+@checked()
 def linear_modules(
     decoder:Decoder, # the base model
 ) -> list[nn.Module]:
@@ -92,6 +96,7 @@ def _check_base(
                          f'has {smallest}: rank {rank} is too large')
 
 # %% ../../nbs/course/22_qr_start.ipynb #29218bfd
+@checked()
 def check_start(
     decoder:Decoder,    # the base model
     start:str,          # one of `LORA_STARTS`
@@ -117,6 +122,7 @@ def _preserve_weights(
         for module, data, copy in weights: module.weight.data = data.copy_(copy)
 
 # %% ../../nbs/course/22_qr_start.ipynb #1c8d4b09
+@checked()
 @contextmanager
 def attach_start(
     decoder:Decoder,    # the base model
@@ -135,6 +141,7 @@ def attach_start(
         yield model
 
 # %% ../../nbs/course/22_qr_start.ipynb #e072cf41
+@checked()
 def convert_to_plain(
     model:PeftModel,    # trained from one of `MODIFIES_BASE`
     begin:Path,         # directory where PEFT saved that start
@@ -146,6 +153,7 @@ def convert_to_plain(
         return Adapter.load(d)
 
 # %% ../../nbs/course/22_qr_start.ipynb #cbae29bd
+@checked()
 def train_from(
     decoder:Decoder,    # the base model, which stays as it is
     data:list[dict],    # examples, as `load_data` gives them

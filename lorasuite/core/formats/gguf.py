@@ -19,6 +19,7 @@ from ..files import parsing, resolve
 from ..loading import load_skeleton
 from ..model import model_info
 from ..ranks import EMPTY_CARD, largest_rank, named_strictly, pad_rank, strip_adapter
+from ..settings import checked
 if TYPE_CHECKING: from gguf import GGUFReader
 
 # %% ../../../nbs/reference/gguf.ipynb #gg000008
@@ -95,6 +96,7 @@ def _load_base(
     return _Base(name, architecture, names, _permuted(paths, config) if permuted else {}, tied, info)
 
 # %% ../../../nbs/reference/gguf.ipynb #96c9a91c
+@checked()
 def check_base(
     name:str|os.PathLike, # a directory, `zoo/…`, or a Hub id
 ):
@@ -152,6 +154,7 @@ def _add_tensor(
     writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
 
 # %% ../../../nbs/reference/gguf.ipynb #3c43ebc1
+@checked()
 def write(
     adapter:Adapter, # what is to be written; its base must be there
     folder:Path,     # an empty directory
@@ -175,6 +178,7 @@ def write(
     (folder/'README.md').write_text(card, encoding='utf-8')
 
 # %% ../../../nbs/reference/gguf.ipynb #gg00000p
+@checked()
 def recognises(
     files:set[str], # names in a directory or repository, or of a single file
 ) -> bool:
@@ -188,8 +192,9 @@ def _file(
     "The GGUF file; raises `FileNotFoundError` where there is none"
     path = Path(name)
     if path.is_file(): return path
-    if not path.is_dir(): path = Path(snapshot_download(resolve(name), allow_patterns='*.gguf'))
-    found = sorted(path.glob('*.gguf'))
+    source = resolve(name)
+    folder = source if os.path.isdir(source) else snapshot_download(source, allow_patterns='*.gguf')
+    found = sorted(Path(folder).glob('*.gguf'))
     if len(found) == 1: return found[0]
     raise FileNotFoundError(f'{name} has {len(found)} files of the kind .gguf: give the file of an adapter')
 
@@ -251,9 +256,10 @@ def _pairs(
 # %% ../../../nbs/reference/gguf.ipynb #gg00000v
 _NO_UPDATE = 'not an update of two factors; llama.cpp leaves it out too'
 
+@checked()
 def read(
     name:str|os.PathLike, # a GGUF file, a directory with one, or a Hub id
-    base:str='',          # directory or Hub id of the model; that which the file names by default
+    base:str|os.PathLike='', # directory or Hub id of the model; that which the file names by default
 ) -> Adapter:
     "Read an adapter of llama.cpp; raises `ValueError` naming what is not understood"
     import gguf

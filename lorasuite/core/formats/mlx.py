@@ -17,10 +17,12 @@ from ..files import locate, parsing
 from ..loading import load_skeleton
 from ..model import model_info, ModelInfo
 from ..ranks import EMPTY_CARD, largest_rank, named_strictly, pad_rank, strip_adapter
+from ..settings import checked
 
 # %% ../../../nbs/reference/mlx.ipynb #mx000008
 _SETTINGS, _WEIGHTS = 'adapter_config.json', 'adapters.safetensors'
 
+@checked()
 def recognises(
     files:set[str], # names in a directory or repository, or of a single file
 ) -> bool:
@@ -131,6 +133,7 @@ def _adapter_dir(
     return source
 
 # %% ../../../nbs/reference/mlx.ipynb #0c2cfb38
+@checked()
 def read(
     name:str|os.PathLike, # a directory or Hub id
 ) -> Adapter:
@@ -163,6 +166,7 @@ def _prefix(
     raise ValueError(f'{info.name}: mlx-lm has other names than {info.stack} for its blocks: give --format peft')
 
 # %% ../../../nbs/reference/mlx.ipynb #521c9acd
+@checked()
 def check_base(
     name:str|os.PathLike, # a directory, `zoo/…`, or a Hub id
 ):
@@ -257,6 +261,7 @@ def _keys(
     return sorted({re.sub(r'^(.*\.)?layers\.\d+\.', '', path) for path in paths})
 
 # %% ../../../nbs/reference/mlx.ipynb #mx000012
+@checked()
 def write(
     adapter:Adapter, # what is to be written; its base must be there
     folder:Path,     # an empty directory

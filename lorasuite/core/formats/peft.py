@@ -24,10 +24,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..adapter import Adapter
 from ..containers import adapter_folders, find_adapter, read_tensors, SETTINGS, weight_files
 from ..experts import file_path, PARAMETERS, Stored, split_expert
-from ..files import file_hash, parsing
+from ..files import file_hash, parsing, split_revision
 from ..keys import plain_keys, PREFIX
 from ..names import shortened
 from ..ranks import EMPTY_CARD, pad_rank, strip_adapter
+from ..settings import checked
 
 # %% ../../../nbs/reference/formats.ipynb #057f0226
 _WEIGHTS = 'adapter_model.safetensors'
@@ -178,6 +179,7 @@ def _group_factors(
     return modules
 
 # %% ../../../nbs/reference/formats.ipynb #fa444f2d
+@checked()
 def split_keys(
     tensors:dict[str, Tensor], # key in the file: tensor
     file:Path,                 # the file, for messages
@@ -452,6 +454,7 @@ def _whole_parameter(
     return re.sub(r'(\.experts\.(gate_up|down)_proj)s\.(\d+)$', r'\1[\3]', path)
 
 # %% ../../../nbs/reference/formats.ipynb #33bf3793
+@checked()
 def read_lora(
     tensors:dict[str, Tensor], # key in the file: tensor
     config:LoraConfig,         # the adapter's settings
@@ -478,6 +481,7 @@ def read_lora(
                    biases=biases)
 
 # %% ../../../nbs/reference/formats.ipynb #9ecb7ec0
+@checked()
 def read_adalora(
     tensors:dict[str, Tensor], # key in the file: tensor
     config:AdaLoraConfig,      # the adapter's settings
@@ -529,6 +533,7 @@ def _patterns(
 # %% ../../../nbs/reference/formats.ipynb #9a316c6a
 _MOST_TRIALS = 5*10**5 # of a pattern with the name of a module
 
+@checked()
 def check_patterns(
     config:PeftConfig,      # as read from adapter_config.json
     paths:Iterable[str],    # of modules
@@ -554,6 +559,7 @@ _PLAIN_STARTS = ('true', 'false', 'gaussian', 'eva', 'orthogonal', 'mica')
 _NOT_CARRIED = ('layer_replication', 'use_qalora', 'ensure_weight_tying', 'use_bdlora',
                 'alora_invocation_tokens', 'arrow_config', 'kasa_config', 'monteclora_config')
 
+@checked()
 def check_config(
     config:PeftConfig, # as read from adapter_config.json
     file:Path,         # the file, for messages
@@ -817,6 +823,7 @@ def _factors(
     return {k: t for k, t in found.items() if _path_of_factor(k) not in left_out}, left_out
 
 # %% ../../../nbs/reference/formats.ipynb #553a629c
+@checked()
 def read(
     name:str|os.PathLike,       # a directory, a file in it, `zoo/…`, or a Hub id
     adapter_name:str|None=None, # which adapter, where there are several
@@ -839,7 +846,7 @@ def read(
                       source=_source(name, file, config), tokenizer=_tokenizer_reader(folder, tensors),
                       added_tokens=partial(_added_tokens, folder) if (folder/'tokenizer.json').is_file() else None)
     paths = {_path_of_factor(key) for key in tensors} | {split_expert(path)[0] for path in found.updates}
-    for doubt in _doubts(config, adapter, paths): warnings.warn(f'{folder/SETTINGS}: {doubt}', stacklevel=3)
+    for doubt in _doubts(config, adapter, paths): warnings.warn(f'{folder/SETTINGS}: {doubt}', stacklevel=5)
     return adapter
 
 # %% ../../../nbs/reference/formats.ipynb #54b4ba13
@@ -959,14 +966,16 @@ def _rank_settings(
     return dict(r=rank, lora_alpha=rank, rank_pattern=odd, alpha_pattern=dict(odd), target_modules=modules)
 
 # %% ../../../nbs/reference/formats.ipynb #wrtconfig
+@checked()
 def adapter_config(
     adapter:Adapter,     # what is to be written
     compact:bool=False,  # a rank for each module, instead of one for all?
 ) -> LoraConfig:
     "The settings with which PEFT applies an adapter: α = r, so that PEFT's scale is one; `ValueError` for no update"
     tokens = {p: ids.tolist() for p, (ids, _) in adapter.rows.items()}
+    base, revision = split_revision(adapter.base)
     return LoraConfig(**_rank_settings(adapter, compact), lora_dropout=0., task_type='CAUSAL_LM', inference_mode=True,
-                      target_parameters=_targets(adapter)[1] or None, base_model_name_or_path=adapter.base,
+                      target_parameters=_targets(adapter)[1] or None, base_model_name_or_path=base, revision=revision,
                       trainable_token_indices=tokens or None, use_dora=bool(adapter.magnitudes),
                       lora_bias=bool(adapter.biases), modules_to_save=_saved_modules(adapter) or None)
 
@@ -1084,6 +1093,7 @@ def _write_config(
     file.write_text(json.dumps(found, indent=2, sort_keys=True))
 
 # %% ../../../nbs/reference/formats.ipynb #b2e7a0ce
+@checked()
 def write(
     adapter:Adapter,     # what is to be written
     folder:Path,         # an empty directory

@@ -15,6 +15,7 @@ from ..adapter import Adapter
 from ..containers import listed_files, read_tensors, SETTINGS
 from ..files import file_hash, parsing, resolve
 from ..ranks import strip_adapter
+from ..settings import checked
 
 # %% ../../../nbs/reference/torchtune.ipynb #ttfile01
 _LAST, _EXPORTS = 'adapter_model.pt', {'adapter_model.safetensors', 'adapter_model.bin'}
@@ -27,6 +28,7 @@ def _candidates(
     return [_LAST] if _LAST in files else sorted(file for file in files if re.fullmatch(r'adapter_\d+\.pt', file))
 
 # %% ../../../nbs/reference/torchtune.ipynb #4c96bbbe
+@checked()
 def recognises(
     files:set[str], # names in a directory or repository, or of a single file
 ) -> bool:
@@ -126,7 +128,7 @@ def _permuted_heads(
 # %% ../../../nbs/reference/torchtune.ipynb #ttrows04
 def _model_config(
     file:Path,  # of the adapter
-    base:str,   # directory or Hub id; '' for what lies beside the file
+    base:str|os.PathLike, # directory or Hub id; '' for what lies beside the file
 ) -> PretrainedConfig:
     "The configuration of the text model; raises `ValueError` where there is none"
     if not base and not file.with_name('config.json').is_file():
@@ -136,15 +138,16 @@ def _model_config(
         return AutoConfig.from_pretrained(resolve(base) if base else str(file.parent)).get_text_config()
 
 # %% ../../../nbs/reference/torchtune.ipynb #ttread02
+@checked()
 def read(
     name:str|os.PathLike,   # a file `….pt`, a directory with one, or a Hub id
-    base:str='',            # directory or Hub id of the model; by default config.json beside the file tells its shape
+    base:str|os.PathLike='', # directory or Hub id of the model; by default config.json beside the file tells its shape
 ) -> Adapter:
     "Read an adapter under torchtune's names; raises `ValueError` naming what is not understood"
     file = _find(name)
     said = _settings(file)
     heads = _permuted_heads(_model_config(file, base), file)
-    adapter = Adapter({}, base or str(said.get('base_model_name_or_path') or ''))
+    adapter = Adapter({}, str(base or said.get('base_model_name_or_path') or ''))
     adapter.source.update(name=str(name), sha256=file_hash(file))
     for path, parts in _group(read_tensors([file])[0], said['r'], file).items():
         if (leaf := path.rpartition('.')[2]) in heads:
