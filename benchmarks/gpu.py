@@ -116,10 +116,11 @@ def tuning_4bit(new, device):
     return training_steps(partial(tune, load_4bit(new)))
 
 def tuning_alora(new, device):
-    "Steps of ALoRA"
+    "A short training by ALoRA, with one round of measuring its directions, divided by its steps"
     decoder = load_model(new, device, torch.bfloat16)
     batch = batch_of(rows()[:4], decoder.tokenizer)
-    return training_steps(partial(tune, decoder, method=partial(ALoRA, batch=batch, rounds=1)))
+    with Costs() as cost: tune(decoder, STEPS, method=partial(ALoRA, batch=batch, rounds=1))
+    return dict(seconds_a_step=cost.seconds/STEPS, gb=cost.gb)
 
 def refreshing(old, new, device):
     "Steps of a refresh, after the teacher has said what it expects along the answers"

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.metadata import files, PackageNotFoundError
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -308,9 +307,10 @@ def _task_index(
 # %% ../../nbs/course/15_evaluate.ipynb #tasktxt1
 def _task_texts() -> list[str]: # none where lm-eval is not installed
     "The files that describe the tasks of lm-eval"
-    found = find_spec('lm_eval')
-    folders = found.submodule_search_locations if found else []
-    return [file.read_text('utf-8', 'ignore') for folder in folders for file in Path(folder, 'tasks').rglob('*.yaml')]
+    try: listed = files('lm-eval') or []
+    except PackageNotFoundError: return []
+    described = [file for file in listed if file.suffix == '.yaml' and 'tasks' in file.parts]
+    return [file.locate().read_text('utf-8', 'ignore') for file in described]
 
 # %% ../../nbs/course/15_evaluate.ipynb #tasktxt2
 def _written_names(
