@@ -38,8 +38,9 @@ def process(code, *args, path=ROOT):
     "CPU seconds and peak memory in GB of Python code in a process of its own, with another source tree"
     start = 'import sys; sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f)]\n'
     environment = os.environ | dict(PYTHONPATH=str(path), OMP_NUM_THREADS='1', TQDM_DISABLE='1')
-    end = '\nimport resource; r = resource.getrusage(resource.RUSAGE_SELF)\n'
-    end += 'print(r.ru_utime + r.ru_stime, r.ru_maxrss/1e6)'
+    end = '\nimport re, time\n' # `ru_maxrss` would begin with the memory of the process that started this one
+    end += 'peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]\n'
+    end += 'print(time.process_time(), int(peak)/1e6)'
     call = [sys.executable, '-c', start + code + end, *map(str, args)]
     done = subprocess.run(call, env=environment, cwd=path, text=True, capture_output=True)
     if done.returncode: raise RuntimeError(done.stderr[-2000:])
@@ -118,9 +119,9 @@ def compare_ours(one, other):
     "The table of CKA as `cka_table` computes it"
     import torch
     from lorasuite.stages.cka import _cosines_of_features, centred_features
-    A, B = (torch.stack([torch.cat([centred_features(x) for x in layer.kept]) for layer in m.layers])
-            for m in (one, other))
-    return _cosines_of_features(A, B)
+    batches = zip(*(zip(*(layer.kept for layer in m.layers)) for m in (one, other)))
+    by_batch = lambda parts: torch.stack([centred_features(x) for x in parts])
+    return _cosines_of_features((by_batch(a), by_batch(b)) for a, b in batches)
 
 def compare_pytorch_cka(one, other, data):
     "The same by pytorch-cka"
@@ -187,14 +188,14 @@ def factored(old, new, H, updates):
     from lorasuite.stages.block_maps import BlockMaps, norm_gains
     from lorasuite.stages.head_mapping import match
     from lorasuite.stages.paper import _paper_heads, _paper_rows, _published_similarity
-    from lorasuite.stages.transfer import transfer_update
+    from lorasuite.stages.transfer import transfer_updates
     rows, rows2 = _paper_rows(old[1], H), _paper_rows(new[1])
     partners = match(_published_similarity(rows, rows2))
     maps = _paper_heads(rows, rows2, partners)
     maps = BlockMaps(dict(heads=partners), maps, norm_gains(old[1], new[1])).to(H.dtype)
     infos = [model_info(decoder).blocks[0] for decoder, _ in (old, new)]
     pair = Pair((0, 0), maps, *infos, H, H.T)
-    return {role: transfer_update(role, *AB, pair) for role, AB in updates.items()}
+    return transfer_updates(updates, pair)
 
 def dense_seconds(old, new, H):
     "CPU seconds of one layer as the formula is written: one of every kind of step measured, times how many there are"
@@ -352,12 +353,12 @@ def bare_loop(decoder, rows, steps, config=None, after=None):
         optimizer.zero_grad()
         loss.item()
 
-def our_loop(decoder, rows, steps, method=None):
+def our_loop(decoder, rows, steps, method=None, loss=None):
     "Steps by `fit`"
     from lorasuite.training.trainer import fit
     peft = with_lora(decoder)
     callbacks = [method(peft)] if method else []
-    fit(peft, rows, decoder.tokenizer, steps, 1e-4, callbacks=callbacks)
+    fit(peft, rows, decoder.tokenizer, steps, 1e-4, callbacks=callbacks, loss=loss)
 
 def steps_of(arms, few=2, more=12):
     "Seconds of a step: a run of few steps is taken off a run of more, so that what happens once does not count"
@@ -389,6 +390,38 @@ def training_methods():
                           'ALoRA': partial(ours, method=partial(ALoRA, batch=batch)),
                           'AdaLoRA (PEFT)': partial(bare_loop, decoder, rows, 30, config=ada, after=update)}, repeats=2)
     return dict(seconds=seconds)
+
+VOCABULARIES = 49_152, 128_256, 262_144
+
+def soft_targets(decoder, rows):
+    "Rows of examples, and 16 likely tokens at each of their learned positions, as a refresh has them"
+    import torch
+    from lorasuite.training.refresh import SoftTargetLoss
+    g, total = torch.Generator().manual_seed(0), sum(t != -100 for row in rows for t in row['labels'])
+    numbers = iter(range(total))
+    rows = [row | dict(labels=[t if t == -100 else next(numbers) for t in row['labels']]) for row in rows]
+    ids = torch.randint(decoder.vocab, (total, 16), generator=g)
+    return rows, SoftTargetLoss(ids, torch.rand(total, 16, generator=g).softmax(1))
+
+def vocabulary_arms(vocabulary):
+    "Ways to train a narrow model with a vocabulary: arm: call with the number of steps"
+    import torch
+    from lorasuite.core.loading import load_model
+    from lorasuite.training.examples import encode, load_data
+    folder = model('smollm-135m', f'vocabulary{vocabulary}', layers=4, hidden_size=192, vocab_size=vocabulary,
+                   num_attention_heads=3, num_key_value_heads=1, intermediate_size=512)
+    decoder = load_model(folder, torch.device('cpu'), torch.float32)
+    rows = [encode(e, decoder.tokenizer) for e in load_data('zoo/train.jsonl')[:64]]
+    softened, loss = soft_targets(decoder, rows)
+    return {'a step of refresh': partial(our_loop, decoder, softened, loss=loss),
+            'a labelled step': partial(our_loop, decoder, rows),
+            'a labelled step, plain loop': partial(bare_loop, decoder, rows)}
+
+def vocabulary(size):
+    "A step of refresh and labelled steps, 16 short examples, 4 layers of 192"
+    found = steps_of(vocabulary_arms(size), more=7)
+    code = f"sys.path.append('benchmarks'); import bench; bench.vocabulary_arms({size})[sys.argv[1]](steps=3)"
+    return found | dict(gb={arm: process(code, arm)[1] for arm in found['seconds']})
 
 def answers():
     "Answers to 64 prompts of 10 to 300 tokens, 16 at a time: in the order of their lengths, and as they come"
@@ -434,13 +467,15 @@ def growth():
 COMPARISONS = dict(
     cka=cka, matching=match_descended, unrelated=match_unrelated, polar=polar, training=training,
     methods=training_methods, answers=answers, growth=growth, adapter=one_adapter, align=align_small) | {
-    f'heads: {name}': partial(heads, name) for name in PAIRS}
+    f'heads: {name}': partial(heads, name) for name in PAIRS} | {
+    f'vocabulary {size:,}': partial(vocabulary, size) for size in VOCABULARIES}
 LARGE = dict(large=align_large)
 
 def title(name):
     "What a comparison compares"
     call = (COMPARISONS | LARGE)[name]
-    return f'{name.removeprefix("heads: ")}, one layer' if isinstance(call, partial) else call.__doc__
+    if not isinstance(call, partial): return call.__doc__
+    return f'{name.removeprefix("heads: ")}, one layer' if call.func is heads else f'{call.func.__doc__}, {name}'
 
 def run(name):
     "One comparison, in this process"

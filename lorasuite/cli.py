@@ -7,14 +7,15 @@ __all__ = ['app', 'demo_command', 'inspect_command', 'align_command', 'transfer_
            'evaluate_command', 'upgrade_command', 'convert_command']
 
 # %% ../nbs/reference/cli.ipynb #b26734db
-import functools, inspect, json, os, sys, traceback, warnings
+import functools, inspect, json, logging, os, sys, traceback, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .core.files import hold_output, is_main_process, is_ours, own_directory, read_utf8, remove_directory
+from .core.files import (
+    did_you_mean, hold_output, is_main_process, is_ours, read_utf8, remove_directory)
 from .core.names import printable, shortened
 from .core.settings import check_training, SCHEDULES
 
@@ -41,7 +42,8 @@ def _quiet():
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    os.environ['HF_DATASETS_DISABLE_PROGRESS_BARS'] = '1'
+    os.environ |= dict(HF_DATASETS_DISABLE_PROGRESS_BARS='1', DATASETS_VERBOSITY='critical')
+    logging.getLogger('datasets').setLevel(logging.CRITICAL)
     if 'datasets' in sys.modules: sys.modules['datasets'].disable_progress_bars()
     warnings.showwarning = _show_warning
 
@@ -64,7 +66,7 @@ def _print_result(result:dict, as_json:bool):
     "Print what a command returns"
     if not is_main_process(): return
     if as_json: print(json.dumps(result))
-    else: print(*(printable(line, sys.maxsize) for line in _result_lines(result)), sep='\n')
+    else: print(*(' '.join(printable(line, sys.maxsize).splitlines()) for line in _result_lines(result)), sep='\n')
 
 # %% ../nbs/reference/cli.ipynb #8eefb8bd
 def _checked(
@@ -83,8 +85,11 @@ def _checked(
 
 # %% ../nbs/reference/cli.ipynb #192ca8ec
 _BESIDE = ((('rank', 'roles'), 'adapter'), (('epochs',), 'steps')) # options that cannot apply, beside what
-_NEEDS = dict( # command: options that cannot apply, without what
-    upgrade=(('epochs', 'steps', 'lr', 'seed'), 'data'), evaluate=(('match',), 'data'))
+_READ, _ASKED = ('columns', 'split'), ('prompt', 'chat_template', 'thinking')
+_NEEDS = dict( # command: options that cannot apply, without one of which others
+    upgrade=((('epochs', 'steps', 'lr', 'seed'), ('data',)), (_READ + _ASKED, ('data', 'inputs'))),
+    evaluate=((('match', *_READ, *_ASKED), ('data',)),), transfer=((_READ + _ASKED, ('inputs',)),),
+    inspect=((_READ, ('inputs',)), (('thinking',), ('inputs', 'prompt', 'chat_template'))))
 
 def _check_options(
     command:str,            # its name
@@ -94,9 +99,21 @@ def _check_options(
     for options, other in _BESIDE:
         idle = [given[name] for name in options if name in given and other in given]
         if idle: raise ValueError(f'{", ".join(idle)} cannot apply beside {given[other]}: leave out one of them')
-    options, other = _NEEDS.get(command, ((), ''))
-    idle = [given[name] for name in options if name in given and other not in given]
-    if idle: raise ValueError(f'{", ".join(idle)} cannot apply without --{other}: give it too, or neither')
+    for options, others in _NEEDS.get(command, ()):
+        idle = [given[name] for name in options if name in given and not given.keys() & {*others}]
+        needed = ' or '.join(f'--{name.replace("_", "-")}' for name in others)
+        if idle: raise ValueError(f'{", ".join(idle)} cannot apply without {needed}: give it too, or neither')
+
+# %% ../nbs/reference/cli.ipynb #splitopt2
+def _check_split(
+    given:dict[str, str],   # parameter that was given: what it is called
+    values:dict,            # of the parameters
+):
+    "Raise `ValueError` for a split of files"
+    sources = [str(values[name]) for name in ('data', 'inputs') if values.get(name)]
+    files = [name for name in sources if name.startswith('zoo/') or os.path.isfile(name)]
+    if 'split' in given and files and files == sources:
+        raise ValueError(f'--split cannot apply to the file {files[0]}: leave it out, or give a dataset of the Hub')
 
 # %% ../nbs/reference/cli.ipynb #3c359c6b
 def _given(
@@ -135,7 +152,7 @@ def _is_many(
     adapters:list[str]|None=None,   # names or patterns
     **options,                      # of the command
 ) -> bool:
-    "Shall many adapters be transferred, or a single one?"
+    "Are many adapters meant, or a single one?"
     adapters = adapters or []
     pattern = any(c in name for name in adapters for c in '*?[')
     return len(adapters) != 1 or pattern or any(options.get(name) is not None for name in _MANY)
@@ -160,7 +177,8 @@ def _command(f:Callable) -> Callable:
         try:
             _check_options(name, _given(context))
             kwargs = _checked(kwargs)
-            out = None if name == 'transfer' and _is_many(**kwargs) else kwargs.get('out')
+            _check_split(_given(context), kwargs)
+            out = None if 'adapters' in kwargs and _is_many(**kwargs) else kwargs.get('out')
             with redirect_stdout(sys.stderr if as_json else sys.stdout), _reserved(out):
                 result = f(*args, **kwargs)
         except (ValueError, OSError, ImportError) as e: _fail(str(e), 2)
@@ -216,7 +234,7 @@ _Template = Annotated[Optional[str], typer.Option(
     metavar='FILE', help='chat template (Jinja) instead of the model\'s own; OLD,NEW where there are two models, '
                          'either of which may be empty')]
 _Thinking = Annotated[Enum('Thinking', {s: s for s in ('keep', 'drop', 'forbid')}), typer.Option(
-    help='what becomes of <think> parts: kept; dropped from the data; or dropped, and the model asked not to think')]
+    help='what becomes of thoughts: kept; dropped from the data; or dropped, and the model asked not to think')]
 _KEEP = 'keep' # what --thinking is by default
 
 # %% ../nbs/reference/cli.ipynb #a1377a5a
@@ -305,6 +323,9 @@ def _prompts(prompt:str|None, template:str|None, thinking:Enum|str, models:int=1
 # %% ../nbs/reference/cli.ipynb #577b459c
 def _text_lines(path:Path|None) -> list[str]|None:
     "Lines of a text file that are not blank; `None` without a file"
+    if path and path.is_dir(): raise IsADirectoryError(f'{path} is no file of texts (Is a directory): name a file')
+    if path and not path.exists():
+        raise FileNotFoundError(f'no such file of texts: {path}{did_you_mean(path, Path.is_file)}')
     return path and [line for line in read_utf8(path).split('\n') if line.strip()]
 
 # %% ../nbs/reference/cli.ipynb #6148ed07
@@ -321,11 +342,21 @@ def _load_adapter(name:str|None, which:str|None):
     if which and not name: raise ValueError(f'--adapter-name {which}: there is no adapter to choose it from')
     return Adapter.load(name, adapter_name=which) if name else None
 
+# %% ../nbs/reference/cli.ipynb #withplac1
+def _with_place(adapter, decoder):
+    "An adapter with those of its whole weights that a model has, under the model's names"
+    from dataclasses import replace
+    from lorasuite.core.model import model_info
+    named = adapter.named_for(model_info(decoder))
+    known = {name for name, _ in decoder.model.named_parameters(remove_duplicate=False)}
+    return replace(named, weights={name: W for name, W in named.weights.items() if name in known})
+
 # %% ../nbs/reference/cli.ipynb #besidefn1
-def _beside_updates(adapter, suffix:str='') -> dict:
+def _beside_updates(adapter, suffix:str='', decoder=None) -> dict:
     "What an adapter of its own base has besides updates, and what its model does without"
     from lorasuite.stages.card import left_out
     if adapter is None: return {}
+    if decoder and adapter.weights: adapter = _with_place(adapter, decoder)
     whole = {f'whole_weights{suffix}': [*adapter.weights]} if adapter.weights else {}
     return whole | {f'skipped{suffix}': left_out(adapter)}
 
@@ -363,12 +394,38 @@ def inspect_command(
     print(printable(str(report), sys.maxsize))
     return {}
 
+# %% ../nbs/reference/cli.ipynb #askfn
+_Yes = Annotated[bool, typer.Option('--yes', '-y', help='go on without a question where the models look unrelated')]
+
+def _is_watched() -> bool:
+    "Is there a person who can answer, and a single process to be answered?"
+    return sys.stdin is not None and sys.stdin.isatty() and os.environ.get('WORLD_SIZE', '1') == '1'
+
+@contextmanager
+def _asking(
+    yes:bool, # go on without a question?
+):
+    "Ask whether to go on after the warning that models are unrelated; raises `ValueError` where the answer is no"
+    shown = warnings.showwarning
+    def show(message, category, *args, **kwargs):
+        shown(message, category, *args, **kwargs)
+        if category.__name__ != 'UnrelatedModels' or yes or not _is_watched(): return
+        print('go on? [y/N] ', end='', file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ('y', 'yes'):
+            raise ValueError('stopped before the long part: teach the new model instead (`lorasuite refresh`), '
+                             'or go on with --yes')
+    warnings.showwarning = show
+    try: yield
+    finally: warnings.showwarning = shown
+
 # %% ../nbs/reference/cli.ipynb #2f36f157
 @_command
-def align_command(old:_Old, new:_New, out:_Out, texts:_Texts=None, method:_Method='exact', json_:_Json=False):
+def align_command(
+    old:_Old, new:_New, out:_Out, texts:_Texts=None, method:_Method='exact', yes:_Yes=False, json_:_Json=False,
+):
     "Find the maps between two models; they serve every adapter."
     from lorasuite.stages.alignment import align
-    alignment = align(old, new, _text_lines(texts), method, progress=_show_progress())
+    with _asking(yes): alignment = align(old, new, _text_lines(texts), method, progress=_show_progress())
     alignment.save(out)
     found = dict(layers=alignment.layers, feed_forward=alignment.feed_forward, fit=alignment.fit)
     return dict(out=str(out), method=method, **{name: x for name, x in found.items() if x})
@@ -407,7 +464,7 @@ def _transfer_one(adapter:str, alignment:Path, out:Path, inputs, prompts, column
     from lorasuite.stages.alignment import Alignment
     from lorasuite.stages.card import skipped_by_reason
     from lorasuite.stages.many import carry_whole
-    from lorasuite.stages.pairing import check_pair
+    from lorasuite.stages.pairing import check_pair, forced_line
     written = {name: options[name] for name in ('format', 'dtype', 'compact')}
     source = _load_adapter(adapter, options['adapter_name'])
     maps = Alignment.load(alignment)
@@ -416,9 +473,17 @@ def _transfer_one(adapter:str, alignment:Path, out:Path, inputs, prompts, column
     questions = _examples(inputs, columns, split, labelled=False)
     if questions: carried = _refit(source, maps, questions, prompts)
     else: carried = carry_whole(source, maps, options['plain_rank'])
+    carried.card += forced_line(source, maps, options['force'])
     errors = _write(carried, out, max_rank=options['max_rank'], **written)
     found = dict(out=str(out), adapter=str(carried), facts=_facts(carried.card)) | _brought(carried)
     return found | errors | dict(skipped=skipped_by_reason(carried))
+
+# %% ../nbs/reference/cli.ipynb #manynames1
+def _many_names(adapters:list[str]|None, listed:Path|None, hub_user:str|None, base:Callable[[], str]) -> list[str]:
+    "The names of many adapters, each once; `base` tells the model that those of a user are for"
+    from lorasuite.stages.many import adapter_names, hub_adapters
+    names = hub_adapters(hub_user, base()) if hub_user else []
+    return [*dict.fromkeys(adapter_names(adapters or [], listed) + names)] if adapters or listed else names
 
 # %% ../nbs/reference/cli.ipynb #manycli8
 def _transfer_many(
@@ -429,9 +494,8 @@ def _transfer_many(
     if inputs: raise ValueError('--inputs is for one adapter: transfer it by itself, or leave the option out')
     if not (adapters or listed or hub_user): raise ValueError('which adapter? give ADAPTER before ALIGNMENT, or --list')
     from lorasuite.stages.alignment import Alignment
-    from lorasuite.stages.many import adapter_names, hub_adapters, Options, report_lines, transfer_many
-    names = hub_adapters(hub_user, Alignment.load(alignment).old.name) if hub_user else []
-    if adapters or listed: names = [*dict.fromkeys(adapter_names(adapters or [], listed) + names)]
+    from lorasuite.stages.many import Options, report_lines, transfer_many
+    names = _many_names(adapters, listed, hub_user, lambda: Alignment.load(alignment).old.name)
     report = transfer_many(names, alignment, out, Options(**options), jobs, engine or 'processes', _show_progress())
     found = report if as_json else dict(facts=report_lines(report))
     return found | dict(failures=_failures(report))
@@ -442,6 +506,8 @@ _Adapters = Annotated[Optional[list[str]], typer.Argument(
 _Listed = Annotated[Optional[Path], typer.Option('--list', metavar='FILE', help='names of more adapters, one a line')]
 _HubUser = Annotated[Optional[str], typer.Option(
     metavar='USER', help='all adapters of a user of the Hub for the old model')]
+_Outs = Annotated[Path, typer.Option(
+    '--out', '-o', help='directory to make; with many adapters one for each of them in it')]
 _Jobs = Annotated[Optional[int], typer.Option(min=1, help='of many adapters, how many at once')]
 _Engine = Annotated[Optional[str], typer.Option(
     help='what carries many: processes of this machine; ray, on a cluster (pip install "lorasuite[ray]")')]
@@ -452,9 +518,7 @@ def transfer_command(
     *,
     adapters:_Adapters=None,
     alignment:Annotated[Path, typer.Argument(metavar='ALIGNMENT', help='directory made by `lorasuite align`')],
-    out:Annotated[Path, typer.Option(
-        '--out', '-o', help='directory to make; with many adapters one for each of them in it')],
-    listed:_Listed=None, hub_user:_HubUser=None, jobs:_Jobs=None, engine:_Engine=None,
+    out:_Outs, listed:_Listed=None, hub_user:_HubUser=None, jobs:_Jobs=None, engine:_Engine=None,
     inputs:_Questions=None, adapter_name:_Which=None, format:_Format='peft', dtype:_Dtype='base',
     max_rank:_MaxRank=None, compact:_Compact=False, plain_rank:_Plain=None,
     prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
@@ -513,63 +577,86 @@ def finetune_command(
         checkpoints=_checkpoints(out), progress=_show_progress(), **_training_options(schedule, warmup, bf16, prune))
     _finish(tuned, out)
     found = dict(out=str(out), adapter=str(tuned), prompt=str(Renderer.of(decoder, prompts))) | _costs(run)
-    return found | _beside_updates(tuned)
+    return found | _beside_updates(tuned, decoder=decoder)
 
 # %% ../nbs/reference/cli.ipynb #9fd5d19f
-def _teach(teacher, adapter, questions:list[dict], folder:Path, longest:int, first_line:bool, prompts) -> list[dict]:
-    "The old specialist's answers to questions, asked by the first process and kept in `folder`"
-    from accelerate import PartialState
-    from lorasuite.training.refresh import distillation_data
-    with PartialState(cpu=teacher.device.type == 'cpu').main_process_first():
-        if is_main_process(): own_directory(folder.parent)
-        return distillation_data(teacher, questions, adapter, keep=folder, max_new_tokens=longest,
-                                 stop='\n' if first_line else None, prompts=prompts, progress=_show_progress())
+def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, data, lessons, options) -> dict:
+    "Refresh a single adapter; the old model is let go before the training"
+    from dataclasses import replace
+    from lorasuite.core.adapter import check_fit
+    from lorasuite.core.loading import load_model
+    from lorasuite.stages.added_tokens import with_tokens
+    from lorasuite.stages.pairing import warn_of_base
+    from lorasuite.training.refresh_many import check_lessons, keep_lessons, learn_lessons
+    from lorasuite.training.upgrade import check_prompts
+    check_lessons(lessons)
+    questions = _examples(inputs, options.columns, options.split, labelled=False)
+    labelled = _examples(data, options.columns, options.split)
+    specialist, first = _load_adapter(adapter, options.adapter_name), _load_adapter(start, None)
+    base = load_model(new, lazy=not (first and first.tokenizer))
+    if first: check_fit(first, with_tokens(base, first))
+    for worn, model in ((specialist, old), (first, new)):
+        if worn: warn_of_base(worn, model)
+    check_prompts(old, base, labelled, questions, options.prompts)
+    shared = dict(options=options, checkpoints=_checkpoints(out), progress=_show_progress())
+    teacher = with_tokens(load_model(old), specialist)
+    beside = _beside_updates(specialist, '_of_specialist', teacher)
+    taught = keep_lessons(teacher, specialist, questions, lessons=lessons, **shared)
+    del teacher
+    student = with_tokens(load_model(new), first)
+    refreshed, run = learn_lessons(student, taught, replace(specialist, base=old), first, labelled, **shared)
+    _finish(refreshed, out)
+    counts = dict(inputs=len(questions), answered=len(taught), labelled=len(labelled))
+    return dict(out=str(out), adapter=str(refreshed)) | counts | _costs(run) | beside | _beside_updates(refreshed)
+
+# %% ../nbs/reference/cli.ipynb #refmany2
+def _refresh_many(old:str, names:list[str], new:str, inputs:str, out:Path, as_json:bool, **settings) -> dict:
+    "Refresh many adapters"
+    from lorasuite.training.refresh_many import refresh_lines, refresh_many
+    report = refresh_many(old, names, new, inputs, out, progress=_show_progress(), **settings)
+    found = report if as_json else dict(facts=refresh_lines(report))
+    return found | dict(failures=_failures(report))
 
 # %% ../nbs/reference/cli.ipynb #0e4372b0
 @_command
 def refresh_command(
-    old:_Old, adapter:_Source, new:_New,
-    inputs:Annotated[str, typer.Option(help='questions, as --data has them; labels in them are not read')],
-    out:_Out,
+    *,
+    old:_Old,
+    adapters:_Adapters=None,
+    new:_New,
+    inputs:Annotated[str, typer.Option(
+        help='questions, as --data of finetune has them; labels in them are not read. With many adapters: for all of '
+             'them; or a directory with NAME.jsonl (.json, .csv, .parquet) for each, by the name that its result '
+             'gets; or with {name} for that name, such as "tasks/{name}/questions.jsonl"')],
+    out:_Outs,
     start:Annotated[Optional[str], typer.Option(
-        help='adapter of the new model to start from, such as the carried one; a fresh LoRA by default')]=None,
+        help='adapter of the new model to start from, such as the carried one; with many, a directory with an adapter '
+             'NAME for each, as `lorasuite transfer` makes it, or with {name}; a fresh LoRA by default')]=None,
     data:Annotated[Optional[str], typer.Option(
-        help='labelled examples, which win over the specialist\'s answers')]=None,
+        help='labelled examples, which win over the specialist\'s answers; with many, as --inputs')]=None,
+    lessons:Annotated[Optional[Path], typer.Option(
+        help='directory to keep the specialist\'s answers in, which the refresh of another new model uses again; '
+             'with many, a directory NAME for each in it')]=None,
+    listed:_Listed=None, hub_user:_HubUser=None,
     soft:Annotated[float, typer.Option(
         min=0, max=1, help='weight of the specialist\'s probabilities; the rest is its answer\'s')]=.5,
     longest:Annotated[int, typer.Option(
         min=2, help='tokens; longer answers of the specialist are left out')]=64,
     first_line:Annotated[bool, typer.Option(
         '--first-line', help='do answers of the specialist end at a line break?')]=False,
-    epochs:_Epochs=3., steps:_Steps=None, lr:_Rate=1e-4,
+    epochs:_Epochs=3., steps:_Steps=None, lr:_Rate=3e-4,
     prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
     columns:_Columns=None, split:_Split='train', seed:_Seed=0, adapter_name:_Which=None, json_:_Json=False,
 ):
-    "Teach the new model what the old specialist answers. Interrupted, it resumes when started again."
-    from lorasuite.core.adapter import check_fit
-    from lorasuite.core.loading import load_model
-    from lorasuite.stages.added_tokens import with_tokens
-    from lorasuite.stages.pairing import warn_of_base
-    from lorasuite.training.refresh import refresh
-    from lorasuite.training.upgrade import check_prompts
-    teachers, students = _prompts(prompt, chat_template, thinking, models=2)
-    questions, labelled = _examples(inputs, columns, split, labelled=False), _examples(data, columns, split)
-    specialist, first = _load_adapter(adapter, adapter_name), _load_adapter(start, None)
-    base = load_model(new, lazy=not (first and first.tokenizer))
-    if first: check_fit(first, with_tokens(base, first))
-    for worn, model in ((specialist, old), (first, new)):
-        if worn: warn_of_base(worn, model)
-    check_prompts(old, base, labelled, questions, (teachers, students))
-    teacher = with_tokens(load_model(old), specialist)
-    taught = _teach(teacher, specialist, questions, _checkpoints(out)/'lessons', longest, first_line, teachers)
-    rank = max((len(A) for A, _ in specialist.updates.values()), default=8)
-    refreshed, run = refresh(
-        with_tokens(load_model(new), first), taught, first, labelled, soft, steps=steps, epochs=epochs, lr=lr,
-        rank=rank, seed=seed, prompts=students, checkpoints=_checkpoints(out), progress=_show_progress())
-    _finish(refreshed, out)
-    counts = dict(inputs=len(questions), answered=len(taught), labelled=len(labelled))
-    beside = _beside_updates(specialist, '_of_specialist') | _beside_updates(refreshed)
-    return dict(out=str(out), adapter=str(refreshed)) | counts | _costs(run) | beside
+    "Teach the new model what an old specialist answers, or many. Interrupted, it resumes when started again."
+    from lorasuite.training.refresh_many import RefreshOptions
+    many = _is_many(adapters, listed=listed, hub_user=hub_user)
+    if many and not (adapters or listed or hub_user): raise ValueError('which adapter? give OLD ADAPTER NEW, or --list')
+    options = RefreshOptions(soft, longest, first_line, epochs, steps, lr, seed, _prompts(
+        prompt, chat_template, thinking, models=2), _renaming(columns), split, adapter_name)
+    given = dict(start=start, data=data, lessons=lessons, options=options)
+    if not many: return _refresh_one(old, adapters[0], new, inputs, out, **given)
+    return _refresh_many(old, _many_names(adapters, listed, hub_user, lambda: old), new, inputs, out, json_, **given)
 
 # %% ../nbs/reference/cli.ipynb #01efa198
 @_command
@@ -592,7 +679,8 @@ def evaluate_command(
     from lorasuite.training.evaluate import benchmark, CHAIN_OF_THOUGHT, check_tasks, evaluate, MATCHES
     from lorasuite.training.prompts import Renderer
     if match not in MATCHES: raise ValueError(f'--match {match}: choose one of {", ".join(MATCHES)}')
-    names = [t.strip() for t in tasks.split(',')] if tasks else []
+    names = _split_names(tasks) or []
+    if not all(names): raise ValueError(f'--tasks {tasks}: one of the names is empty')
     prompts = _prompts(prompt, chat_template, thinking)
     rows = _examples(data, columns, split)
     if names: check_tasks(names)
@@ -606,7 +694,7 @@ def evaluate_command(
         seconds = round(score.seconds, 1)
         report |= dict(accuracy=score.accuracy, interval=score.interval, questions=len(rows), seconds=seconds)
     if names: report['benchmarks'] = benchmark(decoder, names, worn)
-    return report | _beside_updates(worn)
+    return report | _beside_updates(worn, decoder=decoder)
 
 # %% ../nbs/reference/cli.ipynb #955ad175
 @_command
@@ -616,7 +704,7 @@ def upgrade_command(
     prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
     columns:_Columns=None, split:_Split='train', seed:_Seed=0, adapter_name:_Which=None,
     format:_Format='peft', dtype:_Dtype='base', max_rank:_MaxRank=None, compact:_Compact=False,
-    plain_rank:_Plain=None, json_:_Json=False,
+    plain_rank:_Plain=None, yes:_Yes=False, json_:_Json=False,
 ):
     "Align, transfer and, given data, refit and tune: all in one go."
     from lorasuite.core.ranks import check_writing
@@ -626,9 +714,10 @@ def upgrade_command(
     prompts = _prompts(prompt, chat_template, thinking, models=2)
     labelled, questions = _examples(data, columns, split), _examples(inputs, columns, split, labelled=False)
     source = _load_adapter(adapter, adapter_name)
-    upgraded, run = upgrade(
-        old, new, source, labelled, questions, _text_lines(texts), method, prompts=prompts, plain_rank=plain_rank,
-        progress=_show_progress(), steps=steps, epochs=epochs, lr=lr, seed=seed, checkpoints=_checkpoints(out))
+    training = dict(steps=steps, epochs=epochs, lr=lr, seed=seed, checkpoints=_checkpoints(out))
+    with _asking(yes):
+        upgraded, run = upgrade(old, new, source, labelled, questions, _text_lines(texts), method, _show_progress(),
+                                prompts, plain_rank, **training)
     errors = _write(upgraded, out, format, dtype, max_rank, compact)
     costs = _brought(upgraded) | _costs(run) | errors
     found = dict(out=str(out), adapter=str(upgraded), facts=_facts(upgraded.card))
@@ -640,7 +729,11 @@ def _merged(adapter:str, base:str, rank:int|None):
     from lorasuite.core.loading import load_model
     from lorasuite.stages.whole_weights import merge_adapter, weights_to_updates, WHOLE_RANK
     decoder = load_model(base)
-    return weights_to_updates(merge_adapter(adapter, decoder), decoder, rank or WHOLE_RANK)
+    found = weights_to_updates(merge_adapter(adapter, decoder), decoder, rank or WHOLE_RANK)
+    if found.updates or found.embeddings: return found
+    changed = shortened(found.weights, _NAMED) or 'nothing'
+    raise ValueError(f'{adapter}: it changes {changed}, and no linear map, so that no LoRA can stand for it: train a '
+                     'LoRA on the same data')
 
 # %% ../nbs/reference/cli.ipynb #baseoffn
 def _base_of(source, adapter:str, base:str|None):

@@ -183,3 +183,24 @@ def test_a_tokenizer_beside_a_plain_adapter_that_is_none(tmp_path):
     found = CliRunner().invoke(app, ['inspect', 'zoo/old', 'zoo/new', str(tmp_path/'a')])
     assert found.exit_code == 2 and len(found.stderr.splitlines()) == 1
     assert 'tokenizer.json is not readable as a tokenizer (it has no model and no added_tokens)' in found.stderr
+
+def test_an_update_of_a_resized_head_alone(tmp_path):
+    "Its new rows start from rows that no file holds: they are left out by name, by every command"
+    old = load_model('zoo/old', dtype=torch.float32)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=['q_proj', 'lm_head'], task_type='CAUSAL_LM', init_lora_weights=False)
+    get_peft_model(larger(old).model, config).save_pretrained(tmp_path/'a', save_embedding_layers=False)
+    adapter = Adapter.load(tmp_path/'a')
+    with pytest.raises(ValueError, match='trained with 514 tokens, zoo/old has 512: resize'):
+        preview_transfer(adapter, old, load_model('zoo/new'))
+    larger(old).tokenizer.save_pretrained(tmp_path/'a')
+    adapter = Adapter.load(tmp_path/'a')
+    rest, brought = take_tokens(adapter, 'zoo/old', 'zoo/new')
+    assert brought is None and [*rest.skipped] == ['lm_head, added tokens']
+    assert torch.equal(rest.updates['lm_head'][1], adapter.updates['lm_head'][1][:512])
+    report = preview_transfer(adapter, old, load_model('zoo/new'))
+    assert ['lm_head, added tokens'] in report['skipped'].values()
+    assert not any('added to the' in note for note in report['notes'])
+    upgraded, _ = upgrade('zoo/old', 'zoo/new', adapter, texts=FEW)
+    assert 'lm_head' in upgraded.updates and 'lm_head, added tokens' in upgraded.skipped and not upgraded.tokenizer
+    assert preview_transfer(adapter, old, load_model('zoo/new'))['updates'] == len(adapter.updates)

@@ -13,7 +13,7 @@ from lorasuite.core.model import Decoder
 from lorasuite.core.ranks import shrink
 from lorasuite.core.settings import checked, SCHEDULES
 from lorasuite.core.tokens import check_ids, shared_tokens
-from lorasuite.stages.block_maps import map_writer
+from lorasuite.stages.block_maps import map_writers
 from lorasuite.stages.cka import centred_features, cka_table
 from lorasuite.stages.dora import fit_dora
 from lorasuite.stages.embeddings import map_rows
@@ -302,7 +302,7 @@ CALLS = dict( # call on (old, new, alignment, adapter, a file), what the message
     no_rows_of_heads=(lambda o, n, m, a, f: head_similarity({}, {}), 'no rows of the role q: blocks are compared by'),
     no_question=(lambda o, n, m, a, f: with_answer({}, 'Ann'), 'an example has .* but this one has nothing'),
     modules_of_a_layer=(lambda o, n, m, a, f: o.adds(-1), 'zoo/old has no layer -1'),
-    no_norm=(lambda o, n, m, a, f: map_writer(torch.ones(2, 1), {}, 'o', torch.eye(2)), "no norm is known at 'o'"),
+    no_norm=(lambda o, n, m, a, f: map_writers([('o', torch.ones(2, 1))], {}, torch.eye(2)), "no norm is known at 'o'"),
     compared=(lambda o, n, m, a, f: cka_table(o, n, ['some words']*9, 'all'), "compare='all': choose updates"),
     few_rows=(lambda o, n, m, a, f: cka_table(o, n, rows=3), 'rows=3: layers are compared at 4 positions or more'),
     three_positions=(lambda o, n, m, a, f: centred_features(torch.ones(3, 2)), 'at least 4 rows, not 3'),
@@ -351,3 +351,45 @@ def test_interrupted(tmp_path, monkeypatch, carried, name):
     status, lines = run(name, *args, *(() if name == 'evaluate' else ('-o', out)))
     assert status == 130 and lines[-1] == 'lorasuite: interrupted' and not any('Traceback' in line for line in lines)
     assert sorted(f.name for f in tmp_path.iterdir()) == ['data.jsonl', 'maps']
+
+# ---- what a further hundred of inputs found
+
+def test_data_that_are_something_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kinds = dict(a_yaml=('a.yaml', b'a: 1', 'Data are read from JSON, JSON lines, CSV and Parquet'),
+                 gzip=('a.jsonl.gz', b'\x1f\x8b\x08\x00', 'is compressed: unpack it first'),
+                 parquet=('a.parquet', b'PAR1xxxxPAR1', 'not readable as Parquet'))
+    for name, content, said in kinds.values():
+        Path(name).write_bytes(content)
+        status, lines = run('evaluate', 'zoo/old', '--data', name)
+        assert status == 2 and len(lines) == 1 and said in lines[0] and name in lines[0]
+    status, lines = run('evaluate', 'zoo/old', '--data', '.')
+    assert status == 2 and len(lines) == 1 and 'neither a file nor a dataset' in lines[0]
+    status, lines = run('align', 'zoo/old', 'zoo/new', '-o', 'out', '--texts', 'a.yml')
+    assert status == 2 and 'no such file of texts: a.yml (did you mean a.yaml?)' in lines[0]
+
+@pytest.mark.parametrize('args, said', [
+    (['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '-o', 'out', '--prompt', 'qa'], '--prompt cannot apply without'),
+    (['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '-o', 'out', '--columns', 'a=b'], 'without --data or --inputs'),
+    (['transfer', 'zoo/adapter', 'maps', '-o', 'out', '--thinking', 'drop'], 'cannot apply without --inputs'),
+    (['evaluate', 'zoo/old', '--tasks', 'piqa', '--split', 'x'], '--split cannot apply without --data'),
+    (['evaluate', 'zoo/old', '--tasks', 'piqa,'], 'one of the names is empty'),
+    (['inspect', 'zoo/old', 'zoo/new', '--columns', 'a=b'], '--columns cannot apply without --inputs'),
+    (['inspect', 'zoo/old', 'zoo/new', '--thinking', 'drop'], 'without --inputs or --prompt or --chat-template'),
+    (['finetune', 'zoo/old', '--data', 'zoo/test.jsonl', '-o', 'out', '--split', 'x'], 'to the file zoo/test.jsonl'),
+    (['finetune', 'zoo/old', '--data', 'zoo/test.jsonl', '-o', 'out', '--prune', 0], 'leave at least one of a module'),
+])
+def test_options_that_would_have_no_effect(tmp_path, monkeypatch, args, said):
+    monkeypatch.chdir(tmp_path)
+    status, lines = run(*args)
+    assert status == 2 and said in lines[-1] and not [*tmp_path.iterdir()]
+
+@pytest.mark.parametrize('example', [
+    dict(messages=[]), dict(messages=[5]), dict(messages=[{}]), dict(messages=[dict(role='user')]), dict(instruction=5),
+    dict(prompt=5), dict(instruction='Who?', answer=5), dict(instruction='Who?', output=['Ann'])])
+def test_examples_of_python(example):
+    decoder = load_model('zoo/new')
+    with pytest.raises(ValueError, match='example 1: .*(belongs|no list of turns)'):
+        evaluate(decoder, [dict(answer='Ann') | example])
+    with pytest.raises(ValueError, match='example 1: .*(belongs|no list of turns)'):
+        finetune(decoder, [dict(output='Ann', answer='Ann') | example], steps=1)

@@ -1,5 +1,5 @@
 """Files and names that are wrong: each ends with one line that names the file and what is wrong, and nothing is left"""
-import json, re, shutil, time, warnings
+import json, os, re, shutil, time, warnings
 from dataclasses import replace
 import pytest, torch
 from huggingface_hub import ModelCard
@@ -429,3 +429,116 @@ def test_rounding_says_the_option():
     good = Adapter.load('zoo/adapter')
     large = replace(good, updates={p: (A, 1e8*B) for p, (A, B) in good.updates.items()})
     with pytest.raises(ValueError, match='float16 cannot hold.*--dtype'): round_to(large, torch.float16)
+
+# ---- what a further hundred of inputs found
+
+def one(change, **settings):
+    "An adapter with some tensors more or changed, and other settings"
+    return both(factors(change), edit(SETTINGS, **settings))
+
+ROWS = 'base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta'
+HEAD, TABLE = 'base_model.model.lm_head.weight', 'base_model.model.model.embed_tokens.weight'
+MORE = dict(
+    head_of_integers=(one(lambda t: {HEAD: torch.ones(512, 64, dtype=torch.int8)}),
+                      'lm_head.weight is of type torch.int8'),
+    head_not_finite=(one(lambda t: {HEAD: torch.full((512, 64), torch.nan)}), 'lm_head.weight has values that are not'),
+    narrow_table=(one(lambda t: {TABLE: torch.ones(512, 32)}), 'model.embed_tokens is 512×32, the weight of zoo/old'),
+    rank_of_nothing=(one(lambda t: {KEY: t[KEY][:0], KEY.replace('_A', '_B'): t[KEY.replace('_A', '_B')][:, :0]}),
+                     f'{PATH} has rank 0'),
+    rank_a_float=(edit(SETTINGS, r=16.0), 'is 16.0, but its lora_A has 16 rows: set that number there'),
+    settings_null=(text(SETTINGS, b'null'), f'{SETTINGS} is no table of settings'),
+    rows_without_tokens=(one(lambda t: {ROWS: torch.ones(3, 64)}),
+                         'has no finite row for each of 0 trained tokens'),
+    other_layer=(one(lambda t: {KEY.replace('.0.', '.99.').replace('_A', s): x for s, x in (
+        ('_A', torch.ones(16, 64)), ('_B', torch.ones(64, 16)))}), 'model.layers.99.self_attn.q_proj, which zoo/old'),
+    other_shape=(one(lambda t: {KEY: torch.ones(16, 63)}), f'{PATH} is 64×63, the weight of zoo/old is 64×64'))
+
+@pytest.mark.parametrize('name', MORE)
+def test_adapter_before_any_long_work(tmp_path, monkeypatch, name):
+    damage, message = MORE[name]
+    shutil.copytree(ZOO/'adapter', tmp_path/'adapter')
+    damage(tmp_path/'adapter')
+    monkeypatch.setattr('lorasuite.training.upgrade.align', lambda *args, **kwargs: pytest.fail('it aligned'))
+    result = run('upgrade', 'zoo/old', 'zoo/new', tmp_path/'adapter', '-o', tmp_path/'out')
+    assert refused(result, message).count(str(tmp_path)) <= 1 and len(result.stderr.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ['adapter']
+
+def test_another_base_is_named_before_any_long_work(tmp_path, monkeypatch):
+    monkeypatch.setattr('lorasuite.training.upgrade.align', lambda *args, **kwargs: pytest.fail('it aligned'))
+    result = run('upgrade', 'zoo/stranger', 'zoo/new', 'zoo/adapter', '-o', tmp_path/'out')
+    refused(result, 'is 64×192, the weight of zoo/stranger is 96×288')
+    assert 'WRONG BASE? the weight files of zoo/stranger' in result.stderr
+
+@pytest.mark.parametrize('name', ['config.json', SETTINGS, 'tokenizer.json'])
+def test_a_pipe_in_a_directory_is_not_waited_for(tmp_path, name):
+    kind = 'adapter' if name == SETTINGS else 'old'
+    shutil.copytree(ZOO/kind, tmp_path/kind)
+    (tmp_path/kind/name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path/kind/name)
+    adapter, old = (tmp_path/kind, 'zoo/old') if kind == 'adapter' else ('zoo/adapter', tmp_path/kind)
+    refused(run('upgrade', old, 'zoo/new', adapter, '-o', tmp_path/'out'), f'{name} is not an ordinary file')
+
+@pytest.mark.parametrize('setting', [dict(modules_to_save=['lm_head']), dict(trainable_token_indices=[3]),
+                                     dict(target_parameters=['mlp.gate_proj.weight'])])
+def test_settings_that_say_more_than_the_file_has(tmp_path, setting):
+    shutil.copytree(ZOO/'adapter', tmp_path/'adapter')
+    edit(SETTINGS, **setting)(tmp_path/'adapter')
+    with pytest.warns(UserWarning, match=f'{next(iter(setting))} names .* the file has no tensor for it: what was'):
+        Adapter.load(tmp_path/'adapter')
+
+def test_a_classifier_saves_one_of_two_names(tmp_path):
+    shutil.copytree(ZOO/'adapter', tmp_path/'adapter')
+    both(edit(SETTINGS, modules_to_save=['classifier', 'score'], task_type='SEQ_CLS'),
+         factors(lambda t: {'base_model.model.score.weight': torch.ones(2, 64)}))(tmp_path/'adapter')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', '.*modules_to_save')
+        Adapter.load(tmp_path/'adapter')
+
+def test_a_weight_that_the_model_lacks_is_not_said_to_be_on_it(tmp_path):
+    shutil.copytree(ZOO/'adapter', tmp_path/'adapter')
+    odd = {'base_model.model.model.fog\nlight.weight': torch.ones(3), HEAD: torch.ones(512, 64)}
+    factors(lambda t: odd)(tmp_path/'adapter')
+    (tmp_path/'q.json').write_text('[{"instruction": "Who?", "output": "Ann"}]')
+    said = run('evaluate', 'zoo/old', '--adapter', tmp_path/'adapter', '--data', tmp_path/'q.json').stdout.splitlines()
+    assert [line for line in said if line.startswith('whole')] == [
+        'whole weights, put on the model as they are: lm_head.weight']
+    assert any(line.startswith('skipped, ') and line.endswith('model.fog light.weight') for line in said)
+
+def test_numbers_and_names_of_libraries_in_a_configuration(tmp_path):
+    for change, message in ((dict(hidden_act='nope'), "'nope' is missing in its config.json, or unknown to transf"),
+                            (dict(num_attention_heads=0), 'a size in its config.json is 0')):
+        shutil.copytree(ZOO/'old', tmp_path/'model')
+        config(**change)(tmp_path/'model')
+        refused(run('inspect', tmp_path/'model', 'zoo/new'), message)
+        shutil.rmtree(tmp_path/'model')
+
+def test_a_model_without_an_end(tmp_path):
+    shutil.copytree(ZOO/'old', tmp_path/'old')
+    for file in ('config.json', 'generation_config.json'): edit(file, eos_token_id=None)(tmp_path/'old')
+    edit('tokenizer_config.json', eos_token=None)(tmp_path/'old')
+    (tmp_path/'q.json').write_text('[{"instruction": "Who?", "output": "Ann"}]')
+    result = run('evaluate', tmp_path/'old', '--data', tmp_path/'q.json')
+    assert result.exit_code == 0 and 'no token for the end of an answer' in result.stderr
+
+def test_alignments_behind_their_checksum(tmp_path, maps_folder):
+    def saved(change_head=None, change=None):
+        folder = tmp_path/'maps'
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(maps_folder, folder)
+        head, found = json.loads((folder/'alignment.json').read_text()), load_file(folder/'alignment.safetensors')
+        if change_head: change_head(head)
+        if change: change(found)
+        save_file(found, folder/'alignment.safetensors')
+        del head['checksum']
+        head['checksum'] = _checksum(head, (folder/'alignment.safetensors').read_bytes())
+        (folder/'alignment.json').write_text(json.dumps(head))
+        return folder
+    def short(name): return lambda t: t.update({name: t[name][:-1].clone()})
+    cases = [(saved, lambda h: h['old'].update(name=' '), None, 'old.name is empty'),
+             (saved, lambda h: h.update(format=0), None, 'format is 0'),
+             (saved, lambda h: h.update(format=-3), None, 'format is -3'),
+             (saved, None, short('ends.head_offset'), 'ends.head_offset is 63, not 64'),
+             (saved, None, lambda t: t.update({'ends.scale': torch.ones(2)}), 'ends.scale is not one number')]
+    assert Alignment.load(saved()).layers
+    for make, head, change, message in cases:
+        with pytest.raises(ValueError, match=re.escape(message)): Alignment.load(make(head, change))

@@ -10,7 +10,7 @@ from lorasuite.core.model import Decoder, model_info
 from lorasuite.stages.alignment import align
 from lorasuite.stages.cka import probe_texts
 from lorasuite.stages.direct_copy import direct_copy
-from lorasuite.stages.transfer import split_by_role, transfer, transfer_update
+from lorasuite.stages.transfer import split_by_role, transfer, transfer_updates
 from lorasuite.training.finetune import init_adapter
 from lorasuite.lab.baselines import cross_lora, match_norm, published, published_rescaled, random_like
 from lorasuite.lab.oracle import grow
@@ -146,7 +146,7 @@ def test_random_and_rescaled_updates_have_the_norms(model, trained, bigger):
     theirs = align(a, bigger, method='paper', maps=ours)
     path = bigger.path(ours.layers[0][1], 'q')
     A, B = (t.double() for t in trained('llama').updates[a.path(ours.layers[0][0], 'q')])
-    A2, B2 = transfer_update('q', A, B, theirs.pairs[0])
+    A2, B2 = transfer_updates(dict(q=(A, B)), theirs.pairs[0])['q']
     cosine = torch.cosine_similarity((B2@A2).flatten(), rescaled.delta(path).double().flatten(), 0)
     assert cosine == pytest.approx(1, abs=1e-5)
 

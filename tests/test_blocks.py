@@ -6,7 +6,7 @@ from lorasuite.core.block import Block, read_block
 from lorasuite.core.model import BlockInfo, model_info, ModelInfo, Norm
 from lorasuite.stages.alignment import Pair
 from lorasuite.stages.block_maps import exact_block
-from lorasuite.stages.transfer import transfer_update
+from lorasuite.stages.transfer import transfer_updates
 
 FAMILIES = ['llama', 'qwen3', 'gemma2', 'phi3', 'olmo2', 'gpt_neox', 'gpt2', 'bloom', 'falcon', 'opt']
 
@@ -65,6 +65,6 @@ def test_a_second_mlp_needs_spaces_of_its_roles_only(toy):
     x = draw(old.hidden)
     out = lambda block, rows, columns: (block.weights['twin.down'] + columns)@((block.weights['twin.up'] + rows)@x)
     update = {role: (draw(2, inputs), draw(outputs, 2)) for role, (outputs, inputs) in shapes.items()}
-    carried = {role: transfer_update(role, *ab, pair) for role, ab in update.items()}
+    carried = transfer_updates(update, pair)
     dense = lambda updates: [B@A for A, B in (updates['twin.up'], updates['twin.down'])]
     assert torch.allclose(out(new, *dense(carried)), out(old, *dense(update)))

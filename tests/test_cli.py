@@ -1,5 +1,5 @@
 """The command line, end to end, on the models that the package ships"""
-import json, subprocess, sys, time
+import json, os, pty, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from lorasuite.core.architecture import ROLES
 from lorasuite.core.files import data_dir
 from lorasuite.core.loading import load_model
 from lorasuite.lab.demo import DEMO_METHODS
+from lorasuite import cli
 from lorasuite.cli import app
 
 ZOO = data_dir()/'zoo'
@@ -179,3 +180,54 @@ def test_questions_are_evaluated_without_lm_eval(tmp_path):
     assert done.returncode == 0 and json.loads(done.stdout)['questions'] > 100, done.stderr
     done = subprocess.run(command[:-3] + ['--tasks', 'piqa'], capture_output=True, text=True)
     assert done.returncode == 2 and 'lorasuite[eval]' in done.stderr
+
+# ---- unrelated models, and a person who can stop there
+
+UNRELATED = dict(align=['align', 'zoo/old', 'zoo/stranger'],
+                 upgrade=['upgrade', 'zoo/old', 'zoo/stranger', 'zoo/adapter'])
+
+def answer(text, command, out, *more):
+    "Run a command before a pretended terminal at which somebody types `text`"
+    return CliRunner().invoke(app, [*command, '-o', str(out), *more], input=text)
+
+@pytest.mark.parametrize('command', UNRELATED)
+@pytest.mark.parametrize('text', ['\n', 'n\n', 'what?\n', ''])
+def test_no_is_an_answer(tmp_path, monkeypatch, command, text):
+    "The question comes before the layers are compared; anything but yes stops, and nothing is written"
+    monkeypatch.setattr('lorasuite.cli._is_watched', lambda: True)
+    monkeypatch.setattr('lorasuite.stages.alignment.cka_table', None)
+    said = answer(text, UNRELATED[command], tmp_path/'out')
+    assert said.exit_code == 2 and not [*tmp_path.iterdir()]
+    warning, question = said.stderr.splitlines()[-2:]
+    assert 'hardly correspond' in warning and 'go on? [y/N] lorasuite: stopped' in question and '--yes' in question
+
+@pytest.mark.parametrize('command', UNRELATED)
+def test_yes_is_an_answer(tmp_path, monkeypatch, command):
+    monkeypatch.setattr('lorasuite.cli._is_watched', lambda: True)
+    asked = answer('Y\n', UNRELATED[command], tmp_path/'asked', '--json')
+    assert asked.exit_code == 0 and 'go on? [y/N]' in asked.stderr and json.loads(asked.stdout)
+
+@pytest.mark.parametrize('watched, new, more', [
+    (True, 'stranger', ['--yes']), (False, 'stranger', []), (True, 'new', [])])
+def test_who_is_not_asked(tmp_path, monkeypatch, watched, new, more):
+    "Who said yes in advance, a script, and who aligns related models"
+    if watched: monkeypatch.setattr('lorasuite.cli._is_watched', lambda: True)
+    said = answer('n\n', ['align', 'zoo/old', f'zoo/{new}'], tmp_path/'out', *more)
+    assert said.exit_code == 0 and 'go on?' not in said.stderr
+    assert ('hardly correspond' in said.stderr) == (new == 'stranger')
+
+def test_a_real_terminal(tmp_path, monkeypatch):
+    "And none where there is no input at all, or where several processes wait for one another"
+    code = 'import sys; from lorasuite.cli import _is_watched; print(_is_watched())'
+    def watched(stdin, **variables):
+        done = subprocess.run([sys.executable, '-c', code], stdin=stdin, capture_output=True, text=True,
+                              env={**os.environ, **variables})
+        return done.stdout.strip()
+    theirs, ours = pty.openpty()
+    try:
+        assert watched(ours) == 'True' and watched(ours, WORLD_SIZE='2') == 'False'
+        assert watched(subprocess.DEVNULL) == 'False'
+    finally:
+        for end in (theirs, ours): os.close(end)
+    monkeypatch.setattr('sys.stdin', None)
+    assert not cli._is_watched()

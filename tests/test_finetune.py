@@ -15,7 +15,8 @@ from lorasuite.core.model import pick_device
 from lorasuite.training.examples import encode
 from lorasuite.training.finetune import finetune, init_adapter
 from lorasuite.training.prompts import Prompts
-from lorasuite.training.trainer import check_packing, fit, plot_losses, Run, split_batch, watch_memory
+from lorasuite.training.trainer import (
+    check_packing, fit, learned_positions, logits_at, plot_losses, Run, split_batch, token_loss, watch_memory)
 from lorasuite.cli import app
 
 NAMES = 'Ann Bob Cid Dan Eve Fay Gus Hal Ida Jon Kit'.split()
@@ -105,6 +106,32 @@ def fit_loss(decoder, adapter, rows, **kw):
     "Loss over all rows at the start"
     with adapter.on(decoder, trainable=True) as model:
         return fit(model, rows, decoder.tokenizer, 1, 1e-3, batch_size=len(rows), **kw)[0]
+
+@pytest.mark.parametrize('name', [*FAMILIES, 'cohere', 'granite'])
+def test_logits_where_something_is_learned(tokenizer, name):
+    "As the model gives them everywhere, also where caps and scales follow the output embedding"
+    options = dict(family=name) | FAMILIES.get(name, {})
+    if name == 'granite': options |= dict(logits_scaling=3.)
+    decoder = random_decoder(tokenizer, layers=2, **options)
+    rows = [encode(e, tokenizer) for e in ROWS[:3]]
+    batch = DataCollatorForSeq2Seq(tokenizer, padding=True)(rows)
+    at, learned = learned_positions(batch['labels'])
+    assert torch.equal(learned, batch['labels'][batch['labels'] != -100])
+    with torch.no_grad():
+        out = decoder.model(**batch, use_cache=False)
+        batch.pop('labels')
+        some = logits_at(decoder.model, at, **batch, use_cache=False)
+    assert error(some, out.logits[at]) <= 1e-5
+    assert token_loss(some, learned).item()/len(learned) == pytest.approx(out.loss.item(), rel=1e-4)
+
+def test_an_updated_output_embedding_sees_what_is_learned(tokenizer):
+    model = get_peft_model(random_decoder(tokenizer).model, LoraConfig(r=2, target_modules=['lm_head', 'q_proj']))
+    for n, p in model.named_parameters():
+        if 'lora' in n: torch.nn.init.normal_(p, std=.1)
+    batch = DataCollatorForSeq2Seq(tokenizer, padding=True)([encode(e, tokenizer) for e in ROWS[:3]])
+    at, _ = learned_positions(batch.pop('labels'))
+    with torch.no_grad():
+        assert error(logits_at(model, at, **batch), model(**batch).logits[at]) <= 1e-5
 
 def test_embeddings_and_rows_are_tuned_too(decoder, tokenizer, tmp_path):
     config = LoraConfig(r=2, lora_alpha=2, target_modules=['q_proj', 'embed_tokens'], task_type='CAUSAL_LM')

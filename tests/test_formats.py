@@ -3,7 +3,8 @@ import copy, json
 from dataclasses import replace
 import pytest, torch
 from models import error, logits, only, random_adapter, random_decoder, tokens
-from peft import get_peft_model, IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig
+from peft import get_peft_model, IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, PeftModel
+from peft import PromptTuningConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 from lorasuite.cli import app
@@ -409,7 +410,11 @@ def test_what_a_low_rank_leaves_out_of_another_method_is_said(tmp_path):
     said = [why for why in json.loads(result.stdout)['skipped'] if 'of the change of a whole weight' in why]
     assert result.exit_code == 0 and said and all(0 < float(why.partition('%')[0]) < 100 for why in said)
 
-def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path):
-    get_peft_model(load_model('zoo/old').model, PROMPTS).save_pretrained(tmp_path/'a')
+@pytest.mark.parametrize('config', [PROMPTS, LNTuningConfig(target_modules=['norm'], task_type='CAUSAL_LM')])
+def test_what_no_lora_can_stand_for(tmp_path, config):
+    model = get_peft_model(load_model('zoo/old').model, config)
+    for p in model.parameters(): p.data += .1*p.requires_grad
+    model.save_pretrained(tmp_path/'a')
     result = CliRunner().invoke(app, [*map(str, ['convert', tmp_path/'a', '--base', 'zoo/old', '-o', tmp_path/'out'])])
-    assert result.exit_code == 2 and 'PEFT cannot merge this adapter' in result.stderr and not (tmp_path/'out').exists()
+    assert result.exit_code == 2 and 'no LoRA can stand for it: train a LoRA' in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not (tmp_path/'out').exists()

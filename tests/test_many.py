@@ -113,7 +113,7 @@ def test_processes(work, tmp_path):
     assert before.items() <= results(tmp_path/'out').items()
 
 def test_what_is_done_again(here, work, tmp_path):
-    "Only what is missing, incomplete, or was made from another adapter, alignment or with other options"
+    "Only what is missing, incomplete, or was made from another adapter; results of other options stay"
     names, out, al = copies(tmp_path/'in', 2), tmp_path/'out', work/'alignment'
     assert counts(transfer_many(names, al, out)) == (2, 0, 0)
     assert counts(transfer_many(names, al, out)) == (0, 2, 0)
@@ -122,16 +122,18 @@ def test_what_is_done_again(here, work, tmp_path):
     settings = tmp_path/'in'/'a1'/'adapter_config.json'
     settings.write_text(settings.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
     assert counts(transfer_many(names, al, out)) == (1, 1, 0)
-    assert counts(transfer_many(names, al, out, Options(max_rank=4))) == (2, 0, 0)
-    assert json.loads((out/'a0'/'adapter_config.json').read_text())['r'] == 4
-    assert counts(transfer_many(names, al, out, Options(max_rank=4))) == (0, 2, 0)
+    before = results(out)
+    report = transfer_many(names, al, out, Options(max_rank=4))
+    assert counts(report) == (0, 0, 2) and before.items() <= results(out).items()
+    assert 'holds the result of another run (other options)' in report['adapters'][0]['error']
+    assert counts(transfer_many(names, al, out)) == (0, 2, 0)
 
 def test_another_alignment_is_another_result(monkeypatch, tmp_path, maps):
     job = Job('zoo/adapter', tmp_path/'out'/'a0', Options())
     assert many.carry_one(job, maps)['status'] == 'carried'
     assert many.carry_one(job, maps)['status'] == 'kept'
     monkeypatch.setattr(maps, 'checksum', 'f'*64)
-    assert many.carry_one(job, maps)['status'] == 'carried'
+    assert '(other alignment)' in many.carry_one(job, maps)['error']
 
 @pytest.mark.parametrize('harm', ['changed', 'added', 'theirs'])
 def test_what_others_put_there_stays(here, work, tmp_path, harm):
@@ -154,7 +156,7 @@ def test_a_directory_of_other_things_is_refused(here, work, tmp_path):
     with pytest.raises(FileExistsError, match='something else'):
         transfer_many(['zoo/adapter'], work/'alignment', tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ['mine']
-    with many._locked(tmp_path/'out'), pytest.raises(BlockingIOError, match='in use'):
+    with many.own_results(tmp_path/'out'), pytest.raises(BlockingIOError, match='in use'):
         transfer_many(['zoo/adapter'], work/'alignment', tmp_path/'out')
 
 def test_what_is_wrong_for_all_is_said_before_any_work(here, work, tmp_path):

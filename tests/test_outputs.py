@@ -9,7 +9,9 @@ from models import error
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 from lorasuite.core.files import atomic_directory, data_dir, mark_directory, remove_directory, scratch_directory
+from lorasuite.core.loading import load_model
 from lorasuite.stages.alignment import align
+from lorasuite.stages.cka import cka_table
 from lorasuite.stages.transfer import transfer
 from lorasuite.cli import app
 
@@ -86,7 +88,8 @@ def test_refused_before_any_work(commands, tmp_path, monkeypatch, command, make,
     ('align', 100_000), ('transfer', 100_000), ('upgrade', 100_000), ('finetune', 1_000_000), ('refresh', 20_000),
     ('refresh', 1_000_000)])
 def test_the_disk_fills_up(commands, tmp_path, monkeypatch, command, beyond):
-    monkeypatch.setattr('lorasuite.stages.cka._mapped_zeros', lambda file, size: torch.zeros(size)) # as on another disk
+    table = cka_table(load_model('zoo/old'), load_model('zoo/new')) # its temporary files lie on another disk
+    monkeypatch.setattr('lorasuite.stages.alignment.cka_table', lambda *args, **kwargs: table)
     with disk_full(beyond): result = run(commands[command], tmp_path/'out')
     told = [line for line in result.stderr.splitlines() if ' examples, read from ' not in line]
     assert result.exit_code == 2 and len(told) == 1

@@ -204,6 +204,12 @@ def test_a_revision_is_part_of_a_name(work, tmp_path, monkeypatch):
     assert (said['base_model_name_or_path'], said['revision']) == ('org/new', 'main')
     assert 'base_model: org/new\n' in (tmp_path/'carried'/'README.md').read_text()
     assert base_doubt(Adapter.load(tmp_path/'carried'), 'org/new@main') is None
+    transfer(adapter, maps).save(tmp_path/'mlx', format='mlx')
+    said = json.loads((tmp_path/'mlx'/'adapter_config.json').read_text())
+    assert (said['model'], said['revision']) == ('org/new', 'main') # mlx-lm looks for `model` as it stands
+    again = Adapter.load(tmp_path/'mlx')
+    assert (again.base, again.source['base_revision']) == ('org/new', 'main')
+    assert base_doubt(again, 'org/new@main') is None
     for name in ('org/old@v9', 'org/none@v1'):
         with pytest.raises(FileNotFoundError, match=f'no revision {name[-2:]} of {name[:-3]}.*HF_HUB_OFFLINE'):
             load_model(name)
@@ -358,3 +364,29 @@ def test_teacher_data_belong_to_the_weights_of_the_teacher(work, tmp_path, monke
     state.write_text(state.read_text()[:20])
     result = run(*command)
     assert result.exit_code == 2 and 'lessons holds damaged teacher data' in result.stderr
+
+def test_a_result_of_force_says_so_in_its_card(work, tmp_path):
+    shutil.copytree(ZOO/'new', tmp_path/'new')
+    align('zoo/old', tmp_path/'new', ['Ann keeps a cat.']*5).save(tmp_path/'maps')
+    weights = load_file(tmp_path/'new/model.safetensors')
+    weights['model.norm.weight'] *= 2
+    save_file(weights, tmp_path/'new/model.safetensors', metadata=dict(format='pt'))
+    for adapters, out in ((['zoo/adapter'], ''), (['zoo/adapter', ZOO/'adapter'], '/adapter')):
+        target = tmp_path/f'out{len(adapters)}'
+        result = run('transfer', *adapters, tmp_path/'maps', '--force', '-o', target)
+        assert result.exit_code == 0, result.output
+        card = next(target.rglob('README.md')).read_text()
+        assert 'made by force (`--force`), although the weight files of' in card
+
+def test_the_card_of_a_refresh_names_the_specialist(work, tmp_path):
+    (tmp_path/'q.json').write_text('[{"instruction": "Where does Mamus live?"}]')
+    result = run('refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', tmp_path/'q.json', '--steps', 1,
+                 '-o', tmp_path/'out')
+    assert result.exit_code == 0, result.output
+    card = (tmp_path/'out/README.md').read_text()
+    assert '- the old specialist: `zoo/adapter`, SHA-256 `' in card and '- its base: `zoo/old`, `model.safeten' in card
+
+def test_another_method_is_said_as_such(work, tmp_path):
+    from lorasuite.training.trainer import _differences
+    said = _differences(['base model', 'start', 'method'], dict(method='a'), {})
+    assert said == 'method (a, now none)'

@@ -1,6 +1,7 @@
 """Adapters as other programs leave them: under other names, in other places, with whole weights, or contradictory"""
 import copy, json, shutil, warnings
 from collections import Counter
+from fnmatch import fnmatch
 import pytest, torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -177,6 +178,42 @@ def test_the_format_of_a_hub_repository(tmp_path, monkeypatch, kind):
     monkeypatch.setattr('lorasuite.core.containers.list_repo_files', lambda name: names)
     check_same(Adapter.load('org/mine'))
     assert {*asked} == {'org/mine'}
+
+def pretended_hub(monkeypatch, tmp_path, repository):
+    "A Hub with one revision, v1, of which only what is asked for comes; the patterns that were asked for"
+    asked, here = [], tmp_path/'cache'
+    here.mkdir()
+    def fetch(name, revision=None, allow_patterns=None, ignore_patterns=None, local_files_only=False):
+        if (name, revision) != ('org/mine', 'v1'): raise OSError(f'{name} has no revision {revision}')
+        asked.extend(allow_patterns)
+        for file in repository.iterdir():
+            if any(fnmatch(file.name, p) for p in allow_patterns): shutil.copy(file, here)
+        return str(here)
+    def names(name, revision=None):
+        if (name, revision) != ('org/mine', 'v1'): raise OSError(f'{name} has no revision {revision}')
+        return [path.name for path in repository.iterdir()]
+    monkeypatch.setattr('huggingface_hub.snapshot_download', fetch)
+    monkeypatch.setattr('lorasuite.core.files.hub_fault', str)
+    monkeypatch.setattr('lorasuite.core.containers.list_repo_files', names)
+    return asked
+
+@pytest.mark.parametrize('kind', REPOSITORIES)
+def test_an_adapter_of_any_format_at_a_revision(tmp_path, monkeypatch, kind):
+    if kind == 'gguf': pytest.importorskip('gguf')
+    repository = shutil.copytree(ZOO/'adapter', tmp_path/'repository')
+    REPOSITORIES[kind](repository)
+    asked = pretended_hub(monkeypatch, tmp_path, repository)
+    check_same(Adapter.load('org/mine@v1'))
+    assert ('*.gguf' in asked) == (kind == 'gguf') # a repository of a model may hold many of them
+    with pytest.raises(FileNotFoundError, match='no revision v2 of org/mine'): Adapter.load('org/mine@v2')
+
+def test_a_file_of_torchtune_at_a_revision(tmp_path, monkeypatch):
+    from lorasuite.core.formats.torchtune import _find
+    repository = tmp_path/'repository'
+    repository.mkdir()
+    (repository/'adapter_0.pt').touch()
+    pretended_hub(monkeypatch, tmp_path, repository)
+    assert _find('org/mine@v1') == tmp_path/'cache'/'adapter_0.pt' and _find('org/mine@v1').is_file()
 
 def cut(folder, suffix):
     "Cut the tensors into two files with an index"

@@ -576,3 +576,12 @@ def test_an_adapter_of_a_model_that_reads_images(tmp_path):
         carried = transfer(both, align(gemma, new, FEW))
         assert {*carried.skipped} == skipped and seeing & carried.updates.keys() == seeing - skipped
     assert len(seeing) == 4 and len(both.updates) == len(adapter.updates) + 4
+
+def test_names_of_a_tower_before_transformers_5():
+    "transformers #38927: `vision_tower.vision_model.` lost its second part; the text model is evaluated all the same"
+    from lorasuite.core.adapter import _renamer
+    from lorasuite.core.experts import WeightNames
+    tower, old = 'model.vision_tower.encoder.layers.0.mlp.fc1', 'vision_tower.vision_model.encoder.layers.0.mlp.fc1'
+    rename = _renamer(WeightNames({}, {}, {tower, 'model.language_model.layers.0.mlp.up_proj'}, set(), {}))
+    assert rename(old) == rename(f'model.{old}') == tower
+    assert rename('model.layers.0.mlp.up_proj') == 'model.language_model.layers.0.mlp.up_proj'

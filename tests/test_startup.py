@@ -117,10 +117,12 @@ def test_every_schedule_is_accepted():
 
 def test_a_command_calls_the_function_of_its_name():
     from lorasuite.stages import many
-    for name in {*COMMANDS} & {*PUBLIC} - {'transfer'}:
+    from lorasuite.training import refresh_many
+    for name in {*COMMANDS} & {*PUBLIC} - {'transfer', 'refresh'}:
         body = inspect.getsource(getattr(cli, f'{name}_command'))
         assert f'from {getattr(lorasuite, name).__module__} import' in body, name
     assert 'import carry_whole' in inspect.getsource(cli._transfer_one) and many.transfer is lorasuite.transfer
+    assert 'learn_lessons' in inspect.getsource(cli._refresh_one) and refresh_many.refresh is lorasuite.refresh
 
 # ---- the report of `inspect`
 

@@ -1,11 +1,11 @@
 """Each block is fetched once for all texts; wide models are computed in 32 and 16 bits with the same maps"""
 import threading
 import pytest, torch
-from models import effect_error
+from models import effect_error, error
 from lorasuite.core import block, streaming
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.loading import load_model
-from lorasuite.core.streaming import holding, layer_by_layer
+from lorasuite.core.streaming import fast_dtype, FileWeights, holding, layer_by_layer, stored_weight
 from lorasuite.stages import block_maps
 from lorasuite.stages.alignment import align, Alignment
 from lorasuite.stages.cka import cka_table, paired_batches, probe_texts
@@ -101,3 +101,36 @@ def test_equal_rivals_are_not_certain():
     assert len(certain_pairs(torch.tensor([[.5, .5]]))[0]) == 0
     assert len(certain_pairs(torch.tensor([[.5], [.5]]).T)[0]) == 0
     assert certain_pairs(torch.tensor([[.5]]))[0].tolist() == [0]
+
+def test_weights_are_mapped_from_files_that_were_there(tmp_path):
+    "One by one, and a file that is replaced meanwhile changes nothing"
+    decoder = load_model('zoo/new', torch.device('cpu'))
+    decoder.model.save_pretrained(tmp_path/'model')
+    decoder.tokenizer.save_pretrained(tmp_path/'model')
+    lazy = load_model(tmp_path/'model', torch.device('cpu'), lazy=True)
+    (tmp_path/'model'/'model.safetensors').rename(tmp_path/'other')
+    (tmp_path/'model'/'model.safetensors').write_bytes(bytes(1000))
+    found = stored_weight(lazy.module(2, 'up'))
+    assert torch.equal(found, decoder.module(2, 'up').weight)
+    assert found.data_ptr() != stored_weight(lazy.module(2, 'up')).data_ptr()
+    weights = FileWeights(dict(up=decoder.module(0, 'up').weight.detach(), here=torch.ones(3)))
+    assert {*weights} == {'up', 'here'}
+    assert weights['here'].tolist() == [1, 1, 1]
+
+def test_only_what_is_compared_is_read():
+    old, new = (load_model(name) for name in ('zoo/old', 'zoo/new'))
+    for (ids, at), (ids2, at2) in zip(*paired_batches(old, new, probe_texts())):
+        assert len(at) == len(at2) <= 512
+        for some, places in ((ids, at), (ids2, at2)):
+            rows, columns = places//some.shape[1], places % some.shape[1]
+            assert rows.max() == len(some) - 1 and columns.max() == some.shape[1] - 1
+
+def test_blocks_compute_in_16_bits_what_they_compute_in_32(wide):
+    exact = load_model('zoo/new', torch.device('cpu'))
+    fast = load_model('zoo/new', torch.device('cpu'), lazy=True)
+    ids = torch.arange(60)[None]
+    assert fast.model.get_input_embeddings().weight.dtype == torch.float32
+    assert fast.module(0, 'q').weight.dtype == fast_dtype(exact.hidden, torch.device('cpu'))
+    with torch.no_grad(): found, true = (d.model(ids).logits.float() for d in (fast, exact))
+    assert error(found, true) <= .02
+    assert torch.equal(fast.stream(ids[0]), exact.stream(ids[0]))

@@ -169,7 +169,8 @@ class Adapter:
         with scratch_directory() as d, warnings.catch_warnings():
             warnings.simplefilter('ignore') # what is said of files
             folder = d if name == 'default' else d/name
-            with writing(d): model.save_pretrained(d, selected_adapters=[name], save_embedding_layers=False)
+            with writing(d, 'set TMPDIR to a directory with room'):
+                model.save_pretrained(d, selected_adapters=[name], save_embedding_layers=False)
             _keep_order(folder/'adapter_config.json', model.peft_config[name])
             found = find_format('peft').read(folder)
         return replace(found, card='', source={})
@@ -315,10 +316,23 @@ def attach(
 _WRAPPERS = ('model', 'language_model', 'text_model')
 
 def _without_wrappers(
-    path:str, # of a module
+    path:str,                   # of a module
+    wrappers:tuple=_WRAPPERS,   # parts of a path to leave out
 ) -> str:
     "A path without the parts that only say in what a text model is wrapped"
-    return '.'.join(part for part in path.split('.') if part not in _WRAPPERS)
+    return '.'.join(part for part in path.split('.') if part not in wrappers)
+
+# %% ../../nbs/course/02_adapter.ipynb #shortnm2
+_OLD_TOWERS = (*_WRAPPERS, 'vision_model')
+
+def _by_short_name(
+    known:Iterable[str],        # paths of modules
+    wrappers:tuple=_WRAPPERS,   # parts of a path to leave out
+) -> dict[str, str]: # path without wrappers: path
+    "The modules that a path without wrappers tells from all others"
+    count = Counter(_without_wrappers(path, wrappers) for path in known)
+    short = {_without_wrappers(path, wrappers): path for path in known}
+    return {name: path for name, path in short.items() if count[name] == 1}
 
 # %% ../../nbs/course/02_adapter.ipynb #renamerfn
 def _renamer(
@@ -327,11 +341,11 @@ def _renamer(
     "From the name of an update to that of the model's weight: the same, an older one, or one in other wrappers"
     known = names.modules | {*names.stacks}
     older = {file_path(path, how): path for path, how in names.stored.items()}
-    count = Counter(map(_without_wrappers, known))
-    short = {_without_wrappers(path): path for path in known if count[_without_wrappers(path)] == 1}
+    short, towers = _by_short_name(known), _by_short_name(known, _OLD_TOWERS)
     def rename(path):
         whole, expert = split_expert(path)
-        found = whole if whole in known else older.get(whole) or short.get(_without_wrappers(whole), whole)
+        found = whole if whole in known else older.get(whole) or short.get(_without_wrappers(whole))
+        found = found or towers.get(_without_wrappers(whole, _OLD_TOWERS), whole)
         return found if expert is None else f'{found}[{expert}]'
     return rename
 
@@ -486,7 +500,7 @@ def _load_onto(
     "Put an adapter on a model by PEFT's loader"
     with scratch_directory() as d:
         bare = replace(adapter, base='', weights={}, tokenizer=None)
-        with writing(d): find_format('peft').write(bare, d, compact=True)
+        with writing(d, 'set TMPDIR to a directory with room'): find_format('peft').write(bare, d, compact=True)
         loaded = PeftModel.from_pretrained(model, str(d), is_trainable=trainable)
         _check_loaded(loaded, d)
     return loaded
@@ -528,17 +542,29 @@ def _whole_weights(
     try: yield
     finally: put(before)
 
+# %% ../../nbs/course/02_adapter.ipynb #rootgram
+def _root_of_gram(
+    X:Tensor, # (rank, n) in float64
+) -> tuple[Tensor, Tensor]: # (rank, rank) R with R Rᵀ = X Xᵀ, and its pseudo-inverse: the rows of R⁺ X are orthonormal
+    "What rows have in common, from products of the size of their number"
+    values, U = torch.linalg.eigh(X@X.T)
+    size = values.clamp_min(0).sqrt()
+    inverse = torch.where(size > 1e-8*size.max(), 1/size, 0) # what is smaller cannot be told from zero
+    return U*size, inverse[:, None]*U.T
+
 # %% ../../nbs/course/02_adapter.ipynb #eb83e493
 @checked(A='rank in', B='out rank')
 def balance(
     A:Tensor, # (rank, in)
     B:Tensor, # (out, rank)
 ) -> tuple[Tensor, Tensor]: # the same product in float64, factors of equal norm; rank at most in or out
-    "Share the size of `B A` equally between its factors, by two QRs and a rank×rank SVD"
+    "Share the size of `B A` equally between its factors, by the singular values of a matrix of the size of the rank"
     A, B = A.double(), B.double()
-    limit = min(B.shape[0], A.shape[1])
+    limit = min(B.shape[0], A.shape[1], len(A))
     if not B.any(): return A[:limit], B[:, :limit]
-    Qa, Ra = torch.linalg.qr(A.T)
-    Qb, Rb = torch.linalg.qr(B)
-    U, S, Vt = torch.linalg.svd(Rb@Ra.T, full_matrices=False)
-    return (S.sqrt()[:, None]*Vt)@Qa.T, Qb@(U*S.sqrt())
+    (R, Ri), (L, Li) = _root_of_gram(A), _root_of_gram(B.T)
+    U, S, Vt = torch.linalg.svd(L.T@R)
+    root = S[:limit].sqrt()
+    A2, B2 = root[:, None]*Vt[:limit]@Ri@A, B@(Li.T@U[:, :limit]*root)
+    side = 1 - 2*(A2.gather(1, A2.abs().argmax(1, True)) < 0).double() # a singular vector has no sign of its own
+    return side*A2, B2*side.T

@@ -15,7 +15,7 @@ import huggingface_hub
 from huggingface_hub import list_repo_files, snapshot_download
 from safetensors import safe_open
 from torch import Tensor
-from .files import indexed_files, locate, parsing
+from .files import check_ordinary, indexed_files, locate, parsing, split_revision
 from .names import shortened
 from .settings import checked
 
@@ -27,8 +27,8 @@ def adapter_folders(
     root:Path, # a directory
 ) -> dict[str, Path]: # path below the root: folder; '.' is the root itself
     "The folders with an adapter, at most two levels below a directory"
-    found = [file.parent for level in ('', '*/', '*/*/') for file in sorted(root.glob(level + SETTINGS))]
-    return {str(folder.relative_to(root)): folder for folder in found}
+    found = [file for level in ('', '*/', '*/*/') for file in sorted(root.glob(level + SETTINGS))]
+    return {str(file.parent.relative_to(root)): file.parent for file in found if file.is_file()}
 
 # %% ../../nbs/reference/containers.ipynb #f1443e5b
 _MEGATRON = ('*.nemo', '*.distcp', '*/*.distcp', 'weights/adapter_metadata.json', 'latest_checkpointed_iteration.txt')
@@ -91,8 +91,14 @@ def listed_files(
     "The names of the files of an adapter, without those in folders"
     path = Path(name if Path(name).exists() else locate(name))
     if path.is_file(): return {path.name}
-    if path.is_dir(): return {file.name for file in path.iterdir()}
-    with suppress(OSError, ValueError): return {file for file in list_repo_files(str(path)) if '/' not in file}
+    repository, revision = split_revision(name)
+    def listed(*args, **kwargs): return {file for file in list_repo_files(*args, **kwargs) if '/' not in file}
+    if revision:
+        with suppress(OSError, ValueError): return listed(repository, revision=revision)
+    if path.is_dir():
+        check_ordinary(path)
+        return {file.name for file in path.iterdir()}
+    with suppress(OSError, ValueError): return listed(str(path))
     with suppress(OSError, ValueError):
         known = huggingface_hub.snapshot_download(str(path), local_files_only=True)
         return {file.name for file in Path(known).iterdir()}
@@ -138,7 +144,8 @@ def _read_pickle(
     "The tensors of a pickle; raises `ValueError` for one that holds anything else"
     refused = ValueError(f'{file} holds more than tensors, and no code of a file is run: '
                          'save the adapter again as safetensors')
-    with parsing(file):
+    with parsing(file), warnings.catch_warnings():
+        warnings.simplefilter('ignore') # of pickles that will be refused
         try: found = torch.load(file, map_location='cpu', weights_only=True)
         except UnpicklingError: found = None
     if not isinstance(found, dict): raise refused

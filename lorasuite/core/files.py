@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['data_dir', 'did_you_mean', 'split_revision', 'resolve', 'hub_fault', 'without_hub', 'fetched', 'locate', 'read_utf8',
-           'read_json', 'indexed_files', 'parsing', 'writing', 'check_output', 'mark_directory', 'is_ours',
-           'own_directory', 'lock_directory', 'held', 'temporary_directory', 'hold_output', 'atomic_directory',
-           'remove_directory', 'scratch_directory', 'file_hash', 'is_main_process']
+           'check_ordinary', 'read_json', 'indexed_files', 'parsing', 'writing', 'check_output', 'mark_directory',
+           'is_ours', 'own_directory', 'lock_directory', 'held', 'temporary_directory', 'hold_output',
+           'atomic_directory', 'remove_directory', 'scratch_directory', 'file_hash', 'is_main_process']
 
 # %% ../../nbs/reference/files.ipynb #05aaacc7
 import difflib, fcntl, hashlib, json, os, re, shutil, sys, time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import lorasuite
@@ -59,6 +59,7 @@ def split_revision(
 # %% ../../nbs/reference/files.ipynb #1b605454
 def resolve(
     name:str|os.PathLike, # a directory, `zoo/…` for one of the package's tiny models, or a Hub id, maybe with @REVISION
+    kinds:Sequence[str]=(), # patterns of files that are fetched at a revision, besides those of models and PEFT's
 ) -> str: # what `from_pretrained` takes
     "What `from_pretrained` takes for the name of a model; raises `FileNotFoundError` or `ValueError` for no name"
     name = os.path.expanduser(name)
@@ -66,7 +67,7 @@ def resolve(
     shipped = data_dir()/name
     if name.startswith('zoo/') and os.path.isdir(shipped): return str(shipped)
     repository, revision = split_revision(name)
-    if revision: return _at_revision(repository, revision)
+    if revision: return _at_revision(repository, revision, kinds)
     if _is_path(name) and not os.path.isdir(name):
         models = ', '.join(f'`zoo/{p.name}`' for p in sorted((data_dir()/'zoo').glob('*')) if p.is_dir())
         raise FileNotFoundError(f'no such directory: {name:.200}{did_you_mean(name)}. Give a directory, a Hub id '
@@ -118,15 +119,16 @@ _UNWANTED = ['consolidated*', 'original/*', 'onnx/*']
 def _at_revision(
     repository:str, # Hub id
     revision:str,   # branch, tag or commit
+    kinds:Sequence[str]=(), # patterns of files that are wanted besides the usual ones
 ) -> str: # directory
     "The files of a revision; raises `FileNotFoundError` where there is no such revision, or it cannot be fetched"
     from huggingface_hub import snapshot_download
     fault = hub_fault()
-    def fetch(kinds): return snapshot_download(
-        repository, revision=revision, allow_patterns=kinds, ignore_patterns=_UNWANTED, local_files_only=bool(fault))
+    def fetch(wanted): return snapshot_download(
+        repository, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED, local_files_only=bool(fault))
     try:
-        folder = fetch(_WANTED)
-        return folder if any(Path(folder).rglob('*.safetensors')) else fetch([*_WANTED, '*.bin'])
+        folder = fetch([*_WANTED, *kinds])
+        return folder if kinds or any(Path(folder).rglob('*.safetensors')) else fetch([*_WANTED, '*.bin'])
     except (OSError, ValueError) as e:
         why = f'it was not fetched before, and the Hub cannot be asked for it ({fault})' if fault else e
         why = ' '.join(str(why).split())
@@ -145,13 +147,28 @@ def locate(
                             f'the Hub cannot be asked for it ({why}): correct the name, or get a connection')
 
 # %% ../../nbs/reference/files.ipynb #e1c5bbc6
+_PACKED = (b'\x1f\x8b', b'PK\x03\x04', b'\x28\xb5\x2f\xfd', b'BZh') # first bytes of gzip, zip, zstd and bzip2
+
 def read_utf8(
     file:Path, # a text file
 ) -> str:
     "The text of a file; raises `ValueError` naming a file that is not UTF-8"
     try: return file.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e:
+        with file.open('rb') as f: packed = f.read(4).startswith(_PACKED)
+        if packed: raise ValueError(f'{file} is compressed: unpack it first') from None
         raise ValueError(f'{file} is not a text in UTF-8 ({e.reason} at byte {e.start}): save it as UTF-8') from None
+
+# %% ../../nbs/reference/files.ipynb #ordfile2
+_READ = {'.json', '.safetensors', '.bin', '.pt', '.gguf', '.model', '.txt', '.jinja', '.md'} # endings of what is read
+
+def check_ordinary(
+    folder:Path, # of a model or of an adapter
+):
+    "Raise `ValueError` naming a pipe or a device among the files that are read"
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in _READ or not file.exists() or file.is_file() or file.is_dir(): continue
+        raise ValueError(f'{file} is not an ordinary file: put the file itself there')
 
 # %% ../../nbs/reference/files.ipynb #0d90d0eb
 def _parse_json(text:str, place:str):
@@ -210,6 +227,7 @@ def parsing(
     "Turn whatever goes wrong while a library reads `file` into a `ValueError` that names it"
     try: yield
     except Exception as e:
+        if isinstance(e, ValueError) and str(e).startswith(str(file)): raise # it is named already
         raise ValueError(f'{file} is not readable ({type(e).__name__}: {e}): save the adapter again') from None
 
 # %% ../../nbs/reference/files.ipynb #102cb447

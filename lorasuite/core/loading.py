@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.peft_utils import find_adapter_config_file
 from .architecture import find_blocks, text_decoder
-from .files import file_hash, indexed_files, locate, resolve
+from .files import check_ordinary, file_hash, indexed_files, locate, resolve
 from .model import Decoder, pick_device, pick_dtype
 from .settings import checked
-from .streaming import check_finite_weights, fast_dtype
+from .streaming import check_finite_weights, fast_dtype, FileWeights
 
 # %% ../../nbs/reference/loading.ipynb #2967af12
 def _headers(
@@ -260,6 +260,9 @@ def _reading(
     try: yield
     except Exception as e:
         kind, why = OSError if isinstance(e, OSError) else ValueError, str(e)
+        if isinstance(e, KeyError):
+            why = f'{e} is missing in its config.json, or unknown to transformers: correct it there'
+        if isinstance(e, ZeroDivisionError): why = f'a size in its config.json is 0 ({e}): fetch the model again'
         if isinstance(e, MemoryError) or 'allocate memory' in why:
             why = 'the sizes in its config.json need more memory than this machine has'
         why = _damaged_json(Path(resolve(name))) or why
@@ -311,6 +314,7 @@ def _read_config(
     source:str|os.PathLike, # its directory or Hub id
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     "The configuration of a decoder-only language model, and the class to load it with"
+    if Path(source).is_dir(): check_ordinary(Path(source))
     _check_no_adapter(name, source)
     if Path(source).is_dir(): _check_folder(Path(source))
     with _reading(name):
@@ -444,39 +448,65 @@ def _unstored_buffers(
 def _compute_in(
     model:PreTrainedModel, # with or without placeholders
     dtype:torch.dtype,     # of the computation
+    part:str='',           # of the model: how the names in it begin; the whole by default
 ):
-    "Let a model compute in another type, as if it had been loaded in it"
+    "Let a model, or a part of it, compute in another type, as if it had been loaded in it"
     fresh = _unstored_buffers(model, dtype)
-    for p in model.parameters():
-        if p.is_floating_point(): p.data = p.data.to(dtype)
+    for name, p in model.named_parameters():
+        if name.startswith(part) and p.is_floating_point(): p.data = p.data.to(dtype)
     for name, buffer in [*model.named_buffers()]:
+        if not name.startswith(part): continue
         path, _, key = name.rpartition('.')
         if name in fresh: new = fresh[name].to(buffer.device)
         else: new = buffer.to(dtype) if buffer.is_floating_point() else buffer
         model.get_submodule(path)._buffers[key] = new
 
+# %% ../../nbs/reference/loading.ipynb #castfn
+def _cast(
+    value,              # what a block is given, or gives back
+    dtype:torch.dtype,  # for its numbers
+): # of the same structure
+    "The same with all numbers in another type"
+    if isinstance(value, dict): return {name: _cast(x, dtype) for name, x in value.items()}
+    if type(value) in (tuple, list): return type(value)(_cast(x, dtype) for x in value)
+    return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+# %% ../../nbs/reference/loading.ipynb #borderfn
+def _compute_blocks_in(
+    model:PreTrainedModel, # with or without placeholders
+    dtype:torch.dtype,     # of the computation in its blocks
+):
+    "Let the blocks of a model compute in another type than the rest"
+    stack, blocks = find_blocks(model)
+    outside = model.dtype
+    _compute_in(model, dtype, f'{stack}.')
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, *given: _cast(given, dtype), with_kwargs=True)
+        block.register_forward_hook(lambda _, given, found: _cast(found, outside))
+
 # %% ../../nbs/reference/loading.ipynb #passingfn
-def _passing_dtype(
+def _passing_dtypes(
     model:PreTrainedModel,  # as loaded
     device:torch.device,    # where it shall compute
-) -> torch.dtype|None: # None: its own
-    "The type in which a model reads texts: its own on a GPU, elsewhere float32, or what is fast for bfloat16"
-    if device.type == 'cuda': return None
-    width = model.config.get_text_config().hidden_size
-    return fast_dtype(width, device) if model.dtype == torch.bfloat16 else torch.float32
+) -> tuple[torch.dtype|None, torch.dtype|None]: # of the model and of its blocks; None: its own
+    "The types in which a model reads texts: its own on a GPU; elsewhere float32, and what is fast in its blocks"
+    if device.type == 'cuda': return None, None
+    fast = fast_dtype(model.config.get_text_config().hidden_size, device)
+    return fast if model.dtype == torch.bfloat16 else torch.float32, fast
 
 # %% ../../nbs/reference/loading.ipynb #3822f885
 @torch.no_grad()
 def _offload(
     model:PreTrainedModel,  # as loaded
     device:torch.device,    # where it shall compute
-    dtype:torch.dtype|None, # in which type; by default as `_passing_dtype` says
+    dtype:torch.dtype|None, # in which type; by default as `_passing_dtypes` says
 ) -> PreTrainedModel: # the same model, with placeholders that say in which type weights are fetched
     "Leave the weights in their files, to be fetched module by module"
-    dtype = dtype or _passing_dtype(model, device)
-    cpu_offload(model, device, state_dict=model.state_dict())
+    dtype, fast = (dtype, dtype) if dtype else _passing_dtypes(model, device)
+    cpu_offload(model, device, state_dict=FileWeights(model.state_dict()))
     _keep(model, _must_stay(model, device), device)
     if dtype: _compute_in(model, dtype)
+    if fast != dtype: _compute_blocks_in(model, fast)
     return model
 
 # %% ../../nbs/reference/loading.ipynb #95b6ac71

@@ -142,7 +142,7 @@ def _inputs_of_first_block(
         x = args[0] if args else kwargs['hidden_states']
         kept.append(x[:, 0].cpu())
         raise Done
-    hook = decoder.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
+    hook = decoder.blocks[0].register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
     try: decoder.read(ids[:, None].to(decoder.device))
     except Done: pass
     finally: hook.remove()

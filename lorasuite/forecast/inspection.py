@@ -25,7 +25,7 @@ from ..core.tokens import shared_tokens
 from ..stages.alignment import align, warn_of_limits
 from ..stages.block_maps import split_role
 from ..stages.card import skipped_by_reason
-from ..stages.added_tokens import expected_tokens, untrained_tokens
+from ..stages.added_tokens import expected_tokens, untrained_tokens, without_unknown_rows
 from ..stages.embeddings import check_tokens, unsupported_embeddings
 from ..stages.layer_mapping import alike_layers, feed_forward_kinds, feed_forward_map, feed_forward_space
 from ..stages.layer_mapping import layer_map
@@ -332,7 +332,9 @@ def preview_transfer(
     a, b = model_info(old), model_info(new)
     names, adapter = _name_notes(adapter, a), adapter.named_for(a)
     coming = expected_tokens(adapter, old, new) if adapter.rows or adapter.tokenizer else []
-    if not coming: check_tokens(adapter, a)
+    if not coming:
+        adapter = without_unknown_rows(adapter, old)
+        check_tokens(adapter, a)
     updates, outside = split_by_role(adapter, a)
     lost, ends = _lost_updates(adapter, updates, a, b)
     inside = {f'{a.path(layer, role)} ({role})': why for (layer, role), why in lost.items()}

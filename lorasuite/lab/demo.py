@@ -57,7 +57,7 @@ class MethodResult:
         return dict(arm=self.method, accuracy=self.accuracy, spread=self.spread) | rest
 
 # %% ../../nbs/course/16_demo.ipynb #139532ef
-_SHOWN = ('base', 'old+adapter', 'lora-100', 'paper', 'paper+100', 'rescaled', 'random', 'carried')
+_SHOWN = ('base', 'old+adapter', 'carried', 'random', 'rescaled', 'paper', 'lora-100', 'paper+100')
 DEMO_METHODS = {name: METHODS.get(name) for name in _SHOWN} | { # `old+adapter` is no method: nothing is made
     'carried+100': Method('carried', 100),
     'lora-all': METHODS['lora-all']}

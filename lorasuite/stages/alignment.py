@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALIGN_METHODS', 'MIXES_OTHERWISE', 'fit_embedding_maps', 'Pair', 'map_dtype', 'Alignment', 'warn_of_limits',
-           'pair_layers', 'align']
+           'UnrelatedModels', 'pair_layers', 'align']
 
 # %% ../../nbs/course/11_alignment.ipynb #a9ee6995
 import html, os, warnings
@@ -214,6 +214,9 @@ def warn_of_limits(
 # %% ../../nbs/course/11_alignment.ipynb #fitwarnfn
 _RELATED = .5 # R² of the transfer matrix that related models pass clearly
 
+class UnrelatedModels(UserWarning):
+    "A warning of its own kind, so that a caller can stop there: `warnings.simplefilter('error', UnrelatedModels)`"
+
 def _warn_of_fit(
     old:str,            # name of the old model
     new:str,            # of the new one
@@ -223,7 +226,7 @@ def _warn_of_fit(
     if fit['r2'] >= _RELATED: return
     warnings.warn(f'the embeddings of {old} and {new} hardly correspond (R² {fit["r2"]:.2f}), as those of unrelated '
                   'models, between which no adapter can be carried: see `lorasuite inspect --deep`, or teach the new '
-                  'model (`lorasuite refresh`)')
+                  'model (`lorasuite refresh`)', UnrelatedModels)
 
 # %% ../../nbs/course/11_alignment.ipynb #40a8e10f
 ALIGN_METHODS = ('exact', 'paper')

@@ -18,7 +18,7 @@ from ..core.settings import checked
 from .alignment import ALIGN_METHODS, Alignment, Pair
 from .block_maps import split_role
 from .embeddings import transfer_embeddings
-from .transfer import transfer_update
+from .transfer import transfer_updates
 
 # %% ../../nbs/reference/alignment_checks.ipynb #b035ec77
 def _check_types(
@@ -72,6 +72,7 @@ def _check_model(
 ):
     "Raise `ValueError` naming a field of a model's description that cannot be right"
     _check_types(place, info)
+    if not info.name.strip(): raise ValueError(f'{place}.name is empty')
     if not info.blocks: raise ValueError(f'{place} has no blocks')
     for name in ('vocab', 'hidden'):
         if not 1 <= getattr(info, name) <= _LARGEST: raise ValueError(f'{place}.{name} is {getattr(info, name)}')
@@ -158,7 +159,7 @@ def _try_pair(
     for role in _one_of_each(pair):
         (out, in_), new_role = pair.old.shapes[role], pair.place(role)[0]
         zeros = torch.zeros(1, in_, dtype=torch.float64), torch.zeros(out, 1, dtype=torch.float64)
-        try: A, B = transfer_update(role, *zeros, pair)
+        try: A, B = transfer_updates({role: zeros}, pair)[role]
         except Exception as e: # maps that do not fit end in errors of all kinds
             raise ValueError(f'the maps of {role} do not fit ({type(e).__name__}: {e})') from None
         _check_shape(f'an update of {role} through its maps', B@A, *pair.new.shapes[new_role])
@@ -217,6 +218,10 @@ def _check_embeddings(
         if name not in maps: raise ValueError(f'ends.{name} is missing')
         _check_shape(f'ends.{name}', maps[name], maps['ids'].numel())
         _check_indices(f'ends.{name}', maps[name], 0, info.vocab)
+    for name, t in maps.items(): # one number where there is no norm
+        size = (new if name.endswith('2') else old).hidden
+        if name.startswith('head_') and t.shape != (1,): _check_shape(f'ends.{name}', t, size)
+        if name.startswith('scale') and t.numel() != 1: raise ValueError(f'ends.{name} is not one number')
     try: head, table, _ = transfer_embeddings(_zero_embeddings(old), alignment)
     except Exception as e: # maps that do not fit end in errors of all kinds
         raise ValueError(f'the maps of ends do not fit ({type(e).__name__}: {e})') from None

@@ -126,7 +126,8 @@ def _read_head(
     file = path/'alignment.safetensors'
     head = json.loads((path/'alignment.json').read_text(encoding='utf-8'))
     if not isinstance(head, dict): raise ValueError('alignment.json is no table')
-    if type(head.get('format', 1)) is not int: raise ValueError(f'format is {head["format"]!r:.60}')
+    number = head.get('format', 1)
+    if type(number) is not int or number < 1: raise ValueError(f'format is {number!r:.60}')
     checksum = head.get('checksum')
     with file.open('rb') as f, mmap(f.fileno(), 0, access=ACCESS_READ) as maps:
         found = _checksum({key: x for key, x in head.items() if key != 'checksum'}, maps)

@@ -13,7 +13,7 @@ from ..core.adapter import Adapter
 from ..core.settings import checked
 from .alignment import Alignment
 from .embeddings import transfer_embeddings
-from .transfer import split_by_role, transfer_update, update_places
+from .transfer import split_by_role, transfer_updates, update_places
 
 # %% ../../nbs/reference/biases.ipynb #lbblock2
 def _as_columns(
@@ -32,7 +32,7 @@ def _carry_columns(
     updates = split_by_role(adapter, alignment.old)[0]
     for (layer, role), (pair, role2, _) in update_places(updates, alignment).items():
         A, B = (t.double() for t in updates[layer, role])
-        if pair: yield pair.layers[1], role2, transfer_update(role, A, B, pair)[1][:, 0]
+        if pair: yield pair.layers[1], role2, transfer_updates({role: (A, B)}, pair)[role][1][:, 0]
 
 # %% ../../nbs/reference/biases.ipynb #lbblock3
 def _block_biases(

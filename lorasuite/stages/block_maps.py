@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['explains_more', 'fit_head_maps', 'fit_neuron_scales', 'gather_partners', 'inverse_gain', 'split_role', 'norm_part',
-           'norm_gains', 'BlockMaps', 'neuron_maps', 'exact_block', 'map_reader', 'map_writer']
+           'norm_gains', 'BlockMaps', 'neuron_maps', 'exact_block', 'map_readers', 'map_writers']
 
 # %% ../../nbs/course/10_block_maps.ipynb #1d9bd24d
 import math
@@ -255,30 +255,41 @@ def _parts_of_norm(
     known = dict.fromkeys(name.rpartition('_')[0] for name in norms)
     raise ValueError(f'no norm is known at {place!r}, but at {", ".join(known) or "no place"}')
 
-# %% ../../nbs/course/10_block_maps.ipynb #eed5542f
-@checked(A='rank hidden', read="hidden hidden'")
-def map_reader(
-    A:Tensor,                   # (rank, hidden) of a module that reads the stream
+# %% ../../nbs/course/10_block_maps.ipynb #withoutnorm
+def _without_norm(
+    A:Tensor,                   # (rank, hidden) of a module that reads the old stream
+    A2:Tensor,                  # (rank, hidden') the same behind the old norm's gain and the read map
     norms:dict[str, Tensor],    # as `BlockMaps.norms` or `Alignment.embedding_maps` hold them
     part:str,                   # `attention`, `mlp` or `head`: which norm stands in front
-    read:Tensor,                # (hidden, hidden') read map
 ) -> Tensor: # (rank, hidden')
-    "A of a reader for the new model: through the old norm and the read map, with the new norm taken out"
-    gain, offset, gain2, offset2 = _parts_of_norm(norms, part, 'gain', 'offset', 'gain2', 'offset2')
+    "A for the new module, which reads what the new norm gives"
+    offset, gain2, offset2 = _parts_of_norm(norms, part, 'offset', 'gain2', 'offset2')
     w = inverse_gain(gain2)
-    A2 = (A*gain)@read*w
-    c = w@offset2
+    A2, c = A2*w, w@offset2
     if c.abs() <= 1e-3*w.norm()*offset2.norm(): return A2 # no offset, or none that can be used
     return A2 + torch.outer(A@offset - A2@offset2, w)/c
 
+# %% ../../nbs/course/10_block_maps.ipynb #eed5542f
+@checked(read="hidden hidden'")
+def map_readers(
+    readers:list[tuple[str, Tensor]],   # `attention`, `mlp` or `head` (which norm stands in front), (rank, hidden) A
+    norms:dict[str, Tensor],            # as `BlockMaps.norms` or `Alignment.embedding_maps` hold them
+    read:Tensor,                        # (hidden, hidden') read map
+) -> list[Tensor]: # (rank, hidden') each
+    "A of readers for the new model: all at once through the read map, between old and new norms"
+    scaled = [A*_parts_of_norm(norms, part, 'gain')[0] for part, A in readers]
+    moved = torch.cat(scaled)@read
+    return [_without_norm(A, A2, norms, part) for (part, A), A2 in zip(readers, moved.split([*map(len, scaled)]))]
+
 # %% ../../nbs/course/10_block_maps.ipynb #baf80cad
-@checked(B='hidden rank', write="hidden' hidden")
-def map_writer(
-    B:Tensor,                   # (hidden, rank) of a module that writes to the stream
-    norms:dict[str, Tensor],    # as `BlockMaps.norms` holds them
-    role:str,                   # o or down
-    write:Tensor,               # (hidden', hidden) write map
-) -> Tensor: # (hidden', rank)
-    "B of a writer for the new model: through the old norm behind it and the write map, with the new norm taken out"
-    gain, gain2 = _parts_of_norm(norms, role, 'gain', 'gain2')
-    return inverse_gain(gain2)[:, None]*(write@(gain[:, None]*B))
+@checked(write="hidden' hidden")
+def map_writers(
+    writers:list[tuple[str, Tensor]],   # o, down, …, (hidden, rank) B of each
+    norms:dict[str, Tensor],            # as `BlockMaps.norms` holds them
+    write:Tensor,                       # (hidden', hidden) write map
+) -> list[Tensor]: # (hidden', rank) each
+    "B of writers for the new model: all at once through the write map, between old and new norms"
+    gains = [_parts_of_norm(norms, role, 'gain', 'gain2') for role, _ in writers]
+    scaled = [gain[:, None]*B for (gain, _), (_, B) in zip(gains, writers)]
+    moved = (write@torch.cat(scaled, 1)).split([B.shape[1] for B in scaled], 1)
+    return [inverse_gain(gain2)[:, None]*B2 for (_, gain2), B2 in zip(gains, moved)]

@@ -177,17 +177,30 @@ def _is_blank(
     "Does a card say nothing besides its head?"
     return not re.sub(r'\A\s*---\n.*?\n---[ \t]*(\n|\Z)', '', card, flags=re.DOTALL).strip()
 
+# %% ../../nbs/reference/card.ipynb #specialf1
+def _describe_specialist(
+    specialist:Adapter, # of the old model
+) -> Iterator[str]:
+    "Name and hash of a specialist and of its base, as far as they are known"
+    if source := _describe_source(specialist): yield f'the old specialist: {source}'
+    if not specialist.base: return
+    hashes = weight_hashes(specialist.base).items()
+    files = ''.join(f', {code_span(name)} SHA-256 `{digest}`' for name, digest in hashes)
+    yield f'its base: {code_span(specialist.base)}{files}'
+
 # %% ../../nbs/reference/card.ipynb #ceadf647
 @checked()
 def tuned_card(
     start:Adapter,  # where the training began; one without updates stands for a fresh LoRA
     base:str,       # model that was trained on
     line:str,       # what was done
+    specialist:Adapter|None=None, # of the old model, whose answers were learned
 ) -> str: # Markdown
     "The card of the start with what was done to it, or a new card"
     card, base = start.card, str(base)
     if _is_blank(card): card = f'{_head(base, weight_hashes(base))}# A LoRA adapter of {code_span(base)}\n'
     source = _describe_source(start)
     facts = [f'the start: {source}'] if source else []
+    if specialist: facts += [*_describe_specialist(specialist)]
     facts += [known for known in _skipped_lines(start) if known not in card]
     return f'{card}\n{line}\n' + ''.join(f'\n- {fact}' for fact in facts + [_versions()]) + '\n'

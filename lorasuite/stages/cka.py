@@ -7,11 +7,11 @@ __all__ = ['u_centred', 'cka', 'probe_texts', 'record_activations', 'read_texts'
            'paired_batches', 'activations_by_layer', 'centred_features', 'cka_table', 'plot_cka']
 
 # %% ../../nbs/course/06_cka.ipynb #be382364
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -109,12 +109,10 @@ def matching_rows(
     spans2:list[list[tuple[int, int]]], # of the new tokens
     rows:int,                           # at most so many
 ) -> Tensor: # (n, 3) text, position in its old tokens, position in its new tokens
-    "The matching positions of a batch of texts"
-    found = []
-    for text, pair in enumerate(zip(spans, spans2)):
-        found += [(text, i, j) for i, j in matching_positions(*pair)]
-    kept = torch.linspace(0, len(found)-1, min(len(found), rows)).long()
-    return torch.tensor(found, dtype=torch.long).view(-1, 3)[kept]
+    "The first matching positions of a batch of texts"
+    pairs = enumerate(map(matching_positions, spans, spans2))
+    found = [(text, *at) for text, some in pairs for at in some]
+    return torch.tensor(found[:rows], dtype=torch.long).view(-1, 3)
 
 # %% ../../nbs/course/06_cka.ipynb #d4a02276
 def _check_finite(
@@ -127,6 +125,16 @@ def _check_finite(
         raise ValueError(f'{name}: layer {layer} answers probe texts with numbers that are not finite: its '
                          'configuration or its files are damaged, or it needs a type with a wider range')
 
+# %% ../../nbs/course/06_cka.ipynb #cutfn
+def _cut(
+    ids:Tensor,     # (texts, longest) token ids
+    text:Tensor,    # (n,) in which text each position is
+    at:Tensor,      # (n,) and where in it
+) -> tuple[Tensor, Tensor]: # (fewer texts, shorter) token ids, positions (n,) counted through them
+    "What must be read of a batch for some positions"
+    ids = ids[:text.max() + 1, :at.max() + 1]
+    return ids, text*ids.shape[1] + at
+
 # %% ../../nbs/course/06_cka.ipynb #21489d0b
 @checked()
 def paired_batches(
@@ -138,13 +146,14 @@ def paired_batches(
 ) -> tuple[list, list]: # for each model and batch: token ids (texts, longest), positions (n,) counted through the batch
     "Batches of texts with the positions at which both models have read the same; `ValueError` for too little text"
     if rows < 4: raise ValueError(f'rows={rows}: layers are compared at 4 positions or more')
-    texts, batches, batches2 = sorted(texts, key=len), [], [] # texts of one length together: little padding
+    length = lambda text: len(old.tokenizer(text, truncation=True, max_length=128).input_ids)
+    texts, batches, batches2 = sorted(texts, key=length), [], [] # texts of one length together: little padding
     for i in range(0, len(texts), batch_size):
         (ids, spans), (ids2, spans2) = (read_texts(decoder, texts[i:i+batch_size]) for decoder in (old, new))
         text, at, at2 = matching_rows(spans, spans2, rows).T
         if len(text) < 4: continue
-        batches.append((ids, text*ids.shape[1] + at))
-        batches2.append((ids2, text*ids2.shape[1] + at2))
+        batches.append(_cut(ids, text, at))
+        batches2.append(_cut(ids2, text, at2))
     if batches: return batches, batches2
     raise ValueError('the probe texts have fewer than 4 positions at which both tokenizers end a token: '
                      'give longer texts')
@@ -187,42 +196,48 @@ def centred_features(
     K, n = u_centred(X), len(X)
     return (2/(n*(n-3)))**.5*K.cpu().take(_above_diagonal(n))
 
-# %% ../../nbs/course/06_cka.ipynb #roomfn
-def _mapped_zeros(
-    file:Path, # to make
-    size:int,  # numbers
-) -> Tensor: # (size,) float32 zeros in the file
-    "A tensor that lives in a file; raises `OSError` where the disk has no room for it"
-    with writing(file, 'set TMPDIR to a directory with room'), file.open('wb') as f:
-        for start in range(0, 4*size, 1 << 20): f.write(bytes(min(1 << 20, 4*size - start)))
-    return torch.from_file(str(file), shared=True, size=size)
-
 # %% ../../nbs/course/06_cka.ipynb #featfn
+def _append(
+    file:Path,  # to be made, or to become longer
+    x:Tensor,   # (n,) float32
+):
+    "Add numbers to a file; raises `OSError` where the disk has no room for them"
+    with writing(file, 'set TMPDIR to a directory with room'), file.open('ab') as f: f.write(x.numpy().data)
+
+# %% ../../nbs/course/06_cka.ipynb #writefn
 def _write_features(
     decoder:Decoder,        # a model
     batches:list,           # as `paired_batches` gives them
     compare:str,            # `updates` or `outputs`
-    file:Path,              # to make
+    folder:Path,            # where to put a file for each batch
     progress:bool=False,    # show a progress bar?
-) -> tuple[list[tuple[int, int]], Tensor]: # kind and layer of each part, (parts, features) in the file
-    "The features of all parts of a model"
-    ends = [0, *accumulate(len(at)*(len(at) - 1)//2 for _, at in batches)]
-    places, parts = {}, 2*decoder.layers
-    features = _mapped_zeros(file, parts*ends[-1]).view(parts, -1)
+) -> list[tuple[int, int]]: # kind and layer of each part
+    "The features of all parts of a model, in files"
+    keys = {} # a set that keeps the order
+    folder.mkdir()
     for key, i, x in activations_by_layer(decoder, batches, compare, progress):
-        features[places.setdefault(key, len(places)), ends[i]:ends[i+1]] = centred_features(x)
-    return [*places], features[:len(places)]
+        keys[key] = None
+        _append(folder/str(i), centred_features(x))
+    return [*keys]
+
+# %% ../../nbs/course/06_cka.ipynb #readfn
+def _read_features(
+    folder:Path,    # in which `_write_features` put its files
+    parts:int,      # of the model
+) -> Iterator[Tensor]: # (parts, features of a batch)
+    "The features of all parts, batch by batch"
+    for i in range(len([*folder.iterdir()])):
+        yield torch.from_numpy(np.fromfile(folder/str(i), np.float32)).view(parts, -1)
 
 # %% ../../nbs/course/06_cka.ipynb #cosfn
 def _cosines_of_features(
-    A:Tensor, # (parts, n)
-    B:Tensor, # (parts', n)
+    pairs:Iterable[tuple[Tensor, Tensor]], # (parts, n) and (parts', n) of each batch
 ) -> Tensor: # (parts, parts')
     "Cosines of all pairs of long rows, added up in 64 bits"
     cross = own = own2 = 0
-    for a, b in zip(A.split(1 << 16, 1), B.split(1 << 16, 1)):
-        cross = cross + (a@b.T).double()
-        own, own2 = own + a.pow(2).sum(1).double(), own2 + b.pow(2).sum(1).double()
+    for A, B in pairs:
+        cross = cross + (A@B.T).double()
+        own, own2 = own + A.pow(2).sum(1).double(), own2 + B.pow(2).sum(1).double()
     return (cross/(own[:, None]*own2).sqrt().clamp_min(1e-30)).float()
 
 
@@ -256,11 +271,12 @@ def cka_table(
     "CKA of every layer of one model with every layer of the other, over batches; `ValueError` for too little text"
     texts = probe_texts() if texts is None else texts
     if not texts: raise ValueError('no probe text: layers can only be compared on texts')
-    both = zip((old, new), paired_batches(old, new, texts, rows, batch_size))
+    batches, batches2 = paired_batches(old, new, texts, rows, batch_size)
     with scratch_directory() as folder:
-        found = [_write_features(*some, compare, folder/str(i), progress) for i, some in enumerate(both)]
-        (keys, A), (keys2, B) = found
-        return _mean_over_kinds(_cosines_of_features(A, B), keys, keys2, (old.layers, new.layers))
+        keys = _write_features(old, batches, compare, folder/'old', progress)
+        keys2 = _write_features(new, batches2, compare, folder/'new', progress)
+        both = zip(_read_features(folder/'old', len(keys)), _read_features(folder/'new', len(keys2)))
+        return _mean_over_kinds(_cosines_of_features(both), keys, keys2, (old.layers, new.layers))
 
 # %% ../../nbs/course/06_cka.ipynb #96b1b713
 @checked(table="layers layers'")

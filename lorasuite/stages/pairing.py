@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['base_doubt', 'warn_of_base', 'alignment_fault', 'base_fault', 'pair_fault', 'check_models', 'check_base_of',
-           'check_pair']
+           'check_pair', 'forced_line']
 
 # %% ../../nbs/reference/pairing.ipynb #06d06968
 import os, warnings
+from html import escape
 from pathlib import PurePath
 from ..core.adapter import Adapter
 from ..core.files import resolve, split_revision
 from ..core.keys import unquantised_name
 from ..core.loading import load_skeleton, same_weights, weight_hashes
 from ..core.model import BlockInfo, model_info, ModelInfo
+from ..core.names import printable
 from ..core.settings import checked
 from ..core.tokens import shared_tokens
 from .alignment import Alignment
@@ -216,3 +218,14 @@ def check_pair(
     "Raise `ValueError` where an alignment is stale, the wrong way round, or for another base than the adapter's"
     check_models(alignment, force)
     check_base_of(adapter, alignment, force)
+
+# %% ../../nbs/reference/pairing.ipynb #forcedln2
+@checked()
+def forced_line(
+    adapter:Adapter,        # that was carried
+    alignment:Alignment,    # by these maps
+    force:bool=False,       # whatever did not agree?
+) -> str: # for a model card; empty where nothing disagrees
+    "What the card of a result says that was made although something did not agree"
+    fault = pair_fault(adapter, alignment) if force else None
+    return f'- made by force (`--force`), although {escape(printable(fault), quote=False)}\n' if fault else ''

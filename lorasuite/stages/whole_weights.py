@@ -6,7 +6,7 @@
 __all__ = ['WHOLE_RANK', 'nearest_update', 'expected_updates', 'weights_to_updates', 'merge_adapter']
 
 # %% ../../nbs/reference/whole_weights.ipynb #50ef8707
-import copy, os
+import copy, os, warnings
 from dataclasses import replace
 import torch
 from peft import PeftModel
@@ -110,7 +110,10 @@ def merge_adapter(
 ) -> Adapter: # without updates: what changed is in `weights`
     "Any adapter of PEFT as the whole weights that it leads to; raises `ValueError` for one that cannot be merged"
     before = dict(decoder.model.named_parameters())
-    try: merged = PeftModel.from_pretrained(copy.deepcopy(decoder.model), locate(name)).merge_and_unload()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # what PEFT says of its own layers
+            merged = PeftModel.from_pretrained(copy.deepcopy(decoder.model), locate(name)).merge_and_unload()
     except (AttributeError, NotImplementedError, RuntimeError, ValueError) as e:
         raise ValueError(f'{name}: PEFT cannot merge this adapter into {decoder.name} ({e})') from None
     weights = {path: p for path, p in merged.named_parameters() if path in before and not torch.equal(p, before[path])}

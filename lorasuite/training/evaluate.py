@@ -20,7 +20,7 @@ from ..core.adapter import Adapter
 from ..core.model import Decoder
 from ..core.tokens import check_ids
 from ..core.settings import checked
-from .prompts import ask_all, drop_thoughts, Prompts, Renderer
+from .prompts import ask_all, drop_thoughts, Prompts, Renderer, spoken, ThoughtForm
 
 # %% ../../nbs/course/15_evaluate.ipynb #d3414af4
 @dataclass
@@ -60,10 +60,13 @@ def paired_difference(
 # %% ../../nbs/course/15_evaluate.ipynb #c5254af7
 def _cut_answer(
     text:str,       # a continuation of a prompt
-    stop:str|None,  # where it is cut; `None` keeps it whole
+    stop:str|None,  # where its answer is cut; `None` keeps it whole
 ) -> str:
-    "The answer in a continuation"
-    return (text if stop is None else text.strip().split(stop)[0]).strip()
+    "The answer in a continuation, with the whole thought before it"
+    start = len(text) - len(text.rpartition('</think>')[2].lstrip())
+    if stop is None or text.startswith('<think>', start): return text.strip() # a thought that does not end
+    return (text[:start] + text[start:].split(stop)[0]).strip()
+
 
 # %% ../../nbs/course/15_evaluate.ipynb #e2aad3d1
 _HARMLESS = {'_from_model_config', 'transformers_version', 'bos_token_id', 'eos_token_id', 'pad_token_id', 'use_cache',
@@ -100,9 +103,12 @@ def _greedy(
     inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
     wishes = inner.generation_config
     _warn_of_wishes(wishes)
+    ends = _end_ids(tokenizer, wishes, ends)
+    if not ends: warnings.warn('the model has no token for the end of an answer, so that answers run to '
+                               f'{max_new_tokens:,} tokens: set eos_token in its tokenizer_config.json')
     inner.generation_config = GenerationConfig(
         do_sample=False, use_cache=True, max_new_tokens=max_new_tokens, pad_token_id=_pad_id(tokenizer),
-        eos_token_id=_end_ids(tokenizer, wishes, ends))
+        eos_token_id=ends)
     try: yield inner.generation_config
     finally: inner.generation_config = wishes
 
@@ -133,16 +139,15 @@ def _check_computes(
     raise ValueError(f'the model computes no numbers ({why}): load it again, or in float32')
 
 # %% ../../nbs/course/15_evaluate.ipynb #spoken01
-_THOUGHT_MARKS = ('<think>', '</think>')
-
-def _spoken(
-    tokenizer:PreTrainedTokenizerBase,  # of the model
-    ids:list[int],                      # of an answer
+def _with_opened(
+    text:str,   # a continuation
+    prompt:str, # what it continues
+    ended:bool, # did the model end it?
 ) -> str:
-    "An answer without its special tokens, but with the marks of a thought"
-    added = tokenizer.added_tokens_decoder
-    def silent(i): return i in added and added[i].special and added[i].content not in _THOUGHT_MARKS
-    return tokenizer.decode([i for i in ids if not silent(i)])
+    "A continuation, with the mark of a thought that the prompt opens and nothing closes"
+    if ended or '</think>' in text or not prompt.rstrip().endswith('<think>'): return text
+    return f'<think>\n{text}'
+
 
 # %% ../../nbs/course/15_evaluate.ipynb #2c3d164e
 @checked('prompts', 'stop')
@@ -154,8 +159,9 @@ def generate(
     max_new_tokens:int=16,  # longest answer, in tokens
     batch_size:int=128,     # prompts at a time
     progress:bool=False,    # show a progress bar?
-    stop:str|None='\n',     # where a continuation is cut; `None` keeps it whole
+    stop:str|None='\n',     # where an answer is cut; `None` keeps it whole
     ends:Sequence[int]=(),  # tokens at which an answer is over, besides those that the model names
+    form:ThoughtForm|None=None, # how the model marks its thoughts, if not by `<think>`; in the texts they are so marked
 ) -> list[str]: # the continuations
     "Continue prompts greedily, whatever the model's generation config asks for"
     prompts = [tokenizer(p).input_ids if isinstance(p, str) else p for p in prompts]
@@ -166,8 +172,10 @@ def generate(
             some = order[i:i+batch_size]
             ids, mask = (t.to(model.device) for t in _left_padded([prompts[j] for j in some], config.pad_token_id))
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-            said = [_spoken(tokenizer, row) for row in out[:, ids.shape[1]:].tolist()]
-            for j, text in zip(some, said): texts[j] = _cut_answer(text, stop)
+            for j, row in zip(some, out[:, ids.shape[1]:].tolist()):
+                ended = bool({*(config.eos_token_id or ())} & {*row})
+                text = _with_opened(spoken(tokenizer, row, form), tokenizer.decode(prompts[j][-16:]), ended)
+                texts[j] = _cut_answer(text, stop)
     return texts
 
 # %% ../../nbs/course/15_evaluate.ipynb #1734bc89
@@ -183,7 +191,7 @@ def exact_match(
 def _answer_limits(
     renderer:Renderer,  # of the model
     data:list[dict],    # examples with `answer`
-) -> dict: # `max_new_tokens`, `stop` and `ends`, for `generate`
+) -> dict: # `max_new_tokens`, `stop`, `ends` and `form`, for `generate`
     "Where an answer ends; raises `ValueError` for an example without one"
     for number, e in enumerate(data, 1):
         if 'answer' not in e: raise ValueError(f'example {number} has no answer to compare with')
@@ -193,7 +201,8 @@ def _answer_limits(
         warnings.warn(f'the longest answer has {longest - 2:,} tokens, {renderer.name} can read {renderer.context:,}: '
                       'answers are cut there')
     limit = min(max(longest, 512 if renderer.thinks else 0), renderer.context or math.inf)
-    return dict(max_new_tokens=limit, stop=None if renderer.template else '\n', ends=renderer.ends)
+    stop = None if renderer.template else '\n'
+    return dict(max_new_tokens=limit, stop=stop, ends=renderer.ends, form=renderer.form)
 
 # %% ../../nbs/course/15_evaluate.ipynb #62fad39b
 @checked('data')
@@ -213,7 +222,7 @@ def evaluate(
     if adapter is None: answers = ask(decoder.model)
     else:
         with adapter.on(decoder) as model: answers = ask(model)
-    right = [match(a, drop_thoughts(e['answer'])) for a, e in zip(answers, data)]
+    right = [match(a, drop_thoughts(e['answer'], renderer.form)) for a, e in zip(answers, data)]
     return Score(answers, right, time.perf_counter() - start)
 
 # %% ../../nbs/course/15_evaluate.ipynb #c6666e97

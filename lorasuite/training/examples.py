@@ -80,7 +80,7 @@ def _read_hub(
         if fault and isinstance(e, ConnectionError):
             folder = fetched(name, 'dataset')
             why = f'{fault}: ' + (f'give {folder}' if folder else 'correct the name, or get a connection')
-        said = f'{source} is neither a file nor a dataset that can be read from the Hub, split {split}: {why}'
+        said = f'{source:.200} is neither a file nor a dataset that can be read from the Hub, split {split}: {why}'
         raise kind(said + did_you_mean(source, Path.is_file)) from None
 
 # %% ../../nbs/reference/examples.ipynb #7c71349c
@@ -102,6 +102,16 @@ def _check_directory(
     if any(kinds & {*Path(name).suffixes} for name in first): return
     raise ValueError(f'{folder} holds no data file ({", ".join(sorted(kinds))}): give one')
 
+# %% ../../nbs/reference/examples.ipynb #readfile1
+def _read_file(
+    file:Path, # that is there
+) -> list:
+    "The rows of a file by its ending, as JSON without a known one; raises `ValueError` naming a file that is none"
+    try: return _READERS.get(file.suffix, read_json)(file)
+    except ValueError as e:
+        if file.suffix in _SUFFIXES or not file.suffix: raise
+        raise ValueError(f'{e}. Data are read from JSON, JSON lines, CSV and Parquet') from None
+
 # %% ../../nbs/reference/examples.ipynb #readrows1
 def _read_rows(
     source:str|os.PathLike, # a JSON, JSON-lines, CSV or Parquet file, one of `zoo/…`, or the Hub id of a dataset
@@ -110,13 +120,14 @@ def _read_rows(
     "All rows of a data file or of a dataset on the Hub; raises `FileNotFoundError` for a file that is not there"
     if not str(source).strip(): raise ValueError('the name of a data file is empty')
     file = Path(os.path.expanduser(source))
-    if file.parts[0] == 'zoo' and not file.exists(): file = data_dir()/file
-    if file.is_file(): return _READERS.get(file.suffix, read_json)(file)
+    if file.parts[:1] == ('zoo',) and not file.exists(): file = data_dir()/file
+    if file.is_file(): return _read_file(file)
     if file.exists() and not file.is_dir(): raise ValueError(f'{source} is not an ordinary file: write the data to one')
     if not file.is_dir() and (file.suffix in _SUFFIXES or file.is_absolute() or len(file.parts) > 2):
         raise FileNotFoundError(f'no such data file: {source}{did_you_mean(source, Path.is_file)}')
-    if file.is_dir(): _check_directory(file)
-    return _read_hub(str(source), split)
+    if not file.is_dir(): return _read_hub(str(source), split)
+    _check_directory(file)
+    return _read_hub(os.path.abspath(file), split)
 
 # %% ../../nbs/reference/examples.ipynb #0a6136f0
 def _renamed(

@@ -19,7 +19,7 @@ from ..core.settings import checked
 from ..stages.alignment import Alignment, Pair
 from ..stages.block_maps import split_role
 from ..stages.cka import matching_rows, read_texts
-from ..stages.transfer import group_by_module, in_float32, split_by_role, transfer, transfer_update
+from ..stages.transfer import group_by_module, in_float32, split_by_role, transfer, transfer_updates
 from .evaluate import evaluate
 from .prompts import ask_all, Prompts, prompts_of_both, question_key, question_places, Renderer
 
@@ -144,7 +144,7 @@ def refit(
     for pair, role in pairs:
         layer, layer2 = pair.layers
         A, B = (t.double() for t in updates[layer, role])
-        A2, B2 = transfer_update(role, A, B, pair)
+        A2, B2 = transfer_updates({role: (A, B)}, pair)[role]
         X, Z = read2[layer2, role], read[layer, role]@A.T
         found = new.architectures[layer2]
         if found.spaces[role][1] == 'stream' and role in found.after: Z = _rescaled(Z, X@A2.T)

@@ -28,9 +28,9 @@ from ..core.tokens import bytes_to_id, id_to_bytes
 from ..stages.card import code_span, tuned_card
 from .evaluate import generate
 from .finetune import finetune
-from .prompts import ask_all, drop_thoughts, Prompts, question_key, Renderer, with_answer
-from .prompts import with_opening, without_thoughts
-from .trainer import hash_tensors, Run
+from .prompts import as_messages, ask_all, drop_thoughts, Prompts, question_key, Renderer
+from .prompts import with_answer, with_opening, without_thoughts
+from .trainer import hash_tensors, learned_positions, logits_at, Run
 
 # %% ../../nbs/course/20_refresh.ipynb #8aec3c88
 def _is_usable(
@@ -57,7 +57,8 @@ def pseudo_label(
     if not inputs: raise ValueError('no inputs: the old specialist needs questions, without answers')
     renderer = renderer or Renderer(tokenizer)
     asked = ask_all(renderer, inputs, room=max_new_tokens)
-    answers = generate(model, tokenizer, asked, max_new_tokens, stop=stop, ends=renderer.ends, **kwargs)
+    kwargs |= dict(stop=stop, ends=renderer.ends, form=renderer.form)
+    answers = generate(model, tokenizer, asked, max_new_tokens, **kwargs)
     answers = [*map(with_opening if renderer.prompts.thinking == 'keep' else drop_thoughts, answers)]
     examples = [with_answer(e, a) for e, a in zip(inputs, answers) if _is_usable(a, tokenizer, max_new_tokens)]
     if not examples:
@@ -100,18 +101,31 @@ def _top_k_texts(
         if i in said: options[said[i]] += q
     return dict(options)
 
+# %% ../../nbs/course/20_refresh.ipynb #thoughtl1
+def _thought_length(
+    tokens:list[bytes], # that a model wrote
+    answer:str,         # what it said by them
+) -> int: # how many tokens
+    "How much of an answer belongs to the thought before it"
+    text, rest = b''.join(tokens), drop_thoughts(answer).strip().encode()
+    at = text.rfind(rest)
+    begins = accumulate(map(len, tokens), initial=0)
+    return sum(begin < at for begin, _ in zip(begins, tokens)) if text[:max(at, 0)].strip() else 0
+
+
 # %% ../../nbs/course/20_refresh.ipynb #50f953ae
 def _answer_options(
-    logits:Tensor,          # (positions, vocabulary) predictions of the teacher
-    labels:Tensor,          # (positions,) the tokens predicted; -100 outside of the answer
+    logits:Tensor,          # (n, vocabulary) predictions of the teacher for the tokens of its answer
+    tokens:Tensor,          # (n,) the tokens
     words:dict[int, bytes], # bytes of every token
     said:dict[int, bytes],  # what each token says
     top:int,                # how many to keep at a position
+    thinking:int=0,         # so many tokens are a thought
+    thought:dict[int, bytes]|None=None, # what each token says there
 ) -> dict: # `tokens` of the answer, and at each of them the `options` and their `chances`
     "What a model expects at each token of one answer"
-    answer = labels != -100
-    tokens = labels[answer]
-    options = [_top_k_texts(p, t, said, top) for p, t in zip(logits[answer].float().softmax(-1), tokens)]
+    options = [_top_k_texts(row.float().softmax(-1), token, thought if i < thinking else said, top)
+               for i, (row, token) in enumerate(zip(logits, tokens))]
     return dict(tokens=[words[t] for t in tokens.tolist()],
                 options=[[*o] for o in options], chances=[[*o.values()] for o in options])
 
@@ -135,6 +149,36 @@ def _up_to_end(
     stop = start + _answer_length(labels[start:last], ends)
     return dict(input_ids=ids, labels=[-100]*start + labels[start:stop] + [-100]*(len(ids) - stop))
 
+# %% ../../nbs/course/20_refresh.ipynb #batchfn
+_AT_ONCE = 1 << 26 # predictions: tokens × vocabulary
+
+def _batches_by_length(
+    rows:list[dict],    # encoded examples
+    batch_size:int,     # examples at a time, at most
+    vocabulary:int,     # tokens of the model
+) -> list[list[int]]: # numbers of rows
+    "Batches of about one length, of which each has a bounded number of predictions"
+    learned = [sum(t != -100 for t in row['labels'])*vocabulary for row in rows]
+    batches, room = [[]], _AT_ONCE
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i]['input_ids'])):
+        full = len(batches[-1]) == batch_size or learned[i] > room
+        if batches[-1] and full: batches, room = batches + [[]], _AT_ONCE
+        batches[-1].append(i)
+        room -= learned[i]
+    return batches
+
+# %% ../../nbs/course/20_refresh.ipynb #predfn
+def _predicted_answers(
+    model:torch.nn.Module,              # a causal language model with its adapter on
+    tokenizer:PreTrainedTokenizerBase,  # for padding
+    rows:list[dict],                    # encoded examples
+) -> list[tuple[Tensor, Tensor]]: # (n, vocabulary) predictions and (n,) tokens of each answer
+    "What a model predicts at the tokens of some answers"
+    batch = DataCollatorForSeq2Seq(tokenizer, padding=True)(rows).to(model.device)
+    at, tokens = learned_positions(batch.pop('labels'))
+    parts = at.sum(1).tolist()
+    return [*zip(logits_at(model, at, **batch).split(parts), tokens.split(parts))]
+
 # %% ../../nbs/course/20_refresh.ipynb #1f1e48a3
 @checked()
 @torch.no_grad()
@@ -151,13 +195,14 @@ def teacher_top_k(
     "What a model expects at each token of its answers"
     renderer = renderer or Renderer(tokenizer)
     words, said = _token_bytes(tokenizer, renderer.ends), token_texts(tokenizer, stop, renderer.ends)
-    pad, notes = DataCollatorForSeq2Seq(tokenizer, padding=True), []
-    for i in tqdm(range(0, len(examples), batch_size), disable=not progress):
-        batch = pad([_up_to_end(renderer.encode(e), renderer.ends) for e in examples[i:i+batch_size]]).to(model.device)
-        logits = model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits
-        for row, labels in zip(logits[:, :-1], batch['labels'][:, 1:]):
-            notes.append(_answer_options(row, labels, words, said, top))
-    return notes
+    thought = token_texts(tokenizer, None, renderer.ends)
+    rows, notes = [_up_to_end(renderer.encode(e), renderer.ends) for e in examples], {}
+    batches = _batches_by_length(rows, batch_size, model.config.get_text_config().vocab_size)
+    for some in tqdm(batches, disable=not progress):
+        for i, (logits, tokens) in zip(some, _predicted_answers(model, tokenizer, [rows[i] for i in some])):
+            length = _thought_length([words[t] for t in tokens.tolist()], as_messages(examples[i])[-1]['content'])
+            notes[i] = _answer_options(logits, tokens, words, said, top, length, thought)
+    return [notes[i] for i in range(len(rows))]
 
 # %% ../../nbs/course/20_refresh.ipynb #3a128018
 @checked()
@@ -193,14 +238,13 @@ def _thinking_teacher(
 
 # %% ../../nbs/course/20_refresh.ipynb #dropth02
 def _behind_thought(
-    note:dict, # `tokens`, `options` and `chances` of an answer
+    note:dict,  # `tokens`, `options` and `chances` of an answer
+    answer:str, # what was said
 ) -> dict: # the same without what belongs to a thought
     "What a teacher expects in its answer, behind its thought"
-    text = b''.join(note['tokens'])
-    rest = text.rpartition(b'</think>')[2].lstrip() if b'</think>' in text else text
-    begins = accumulate(map(len, note['tokens']), initial=0)
-    first = sum(at < len(text) - len(rest) for at, _ in zip(begins, note['tokens']))
-    return {key: values[first:] for key, values in note.items()}
+    first = _thought_length(note['tokens'], answer)
+    return {key: note[key][first:] for key in ('tokens', 'options', 'chances')}
+
 
 # %% ../../nbs/course/20_refresh.ipynb #dropth04
 def _dropped_thoughts(
@@ -209,7 +253,7 @@ def _dropped_thoughts(
 ) -> tuple[list[dict], list[dict]]: # of answers that say something
     "Examples and what a teacher expects of them, both without thoughts; raises `ValueError` if nothing is left"
     answers = [drop_thoughts(e['answer']) for e in examples]
-    kept = [(with_answer(e, a), _behind_thought(n)) for e, a, n in zip(examples, answers, notes) if a]
+    kept = [(with_answer(e, a), _behind_thought(n, a)) for e, a, n in zip(examples, answers, notes) if a]
     if not kept: raise ValueError(f'none of {len(examples):,} answers of the old specialist says anything but thoughts')
     return [e for e, _ in kept], [n for _, n in kept]
 
@@ -332,13 +376,11 @@ class SoftTargetLoss:
         k = max(map(len, rows))
         p = torch.tensor([padded(row.values()) for row in rows], dtype=torch.float32)
         return cls(torch.tensor([padded(row) for row in rows]), p)
-    def __call__(self, outputs, labels:Tensor, num_items_in_batch:Tensor|None=None) -> Tensor:
-        "Cross-entropy with the target distributions: KL(target‖student) plus a constant"
-        at = labels[:, 1:] != -100
-        rows = labels[:, 1:][at].to(self.ids.device)
-        logq = outputs.logits[:, :-1][at].float().log_softmax(-1)
-        ids, p = (t[rows].to(logq.device) for t in (self.ids, self.p))
-        return -(p*logq.gather(-1, ids)).sum()/(len(rows) if num_items_in_batch is None else num_items_in_batch)
+    def __call__(self, logits:Tensor, labels:Tensor) -> Tensor:
+        "Summed cross-entropy of (n, vocabulary) logits with the targets of (n,) numbers: KL(target‖student) + const"
+        logits, rows = logits.float(), labels.to(self.ids.device)
+        ids, p = (t[rows].to(logits.device) for t in (self.ids, self.p))
+        return (p.sum(1)*logits.logsumexp(1) - (p*logits.gather(1, ids)).sum(1)).sum()
     def __repr__(self): return hashlib.sha256(self.ids.numpy().tobytes() + self.p.numpy().tobytes()).hexdigest()
 
 # %% ../../nbs/course/20_refresh.ipynb #afa0a954
@@ -361,6 +403,8 @@ def _answer_targets(
     "What a student should predict along an answer"
     tokens = [text for _, text in answer]
     at = [*token_starts(tokens), 0]
+    if example.get('tokens') and not _same_text(tokens, example['tokens']):
+        example = _behind_thought(example, example.get('answer') or '')
     use_teacher = soft and _same_text(tokens, example.get('tokens'))
     rows = []
     for (token, _), start, stop in zip(answer, at, at[1:]):
@@ -415,6 +459,7 @@ def refresh(
     soft:float=SOFT_WEIGHT,     # weight of the teacher's distribution; the rest is its answer's
     validation:list[dict]=(),   # examples whose loss is measured on the way
     prompts:Prompts|None=None,  # how the model is asked; by default through its chat template, if it has one
+    specialist:Adapter|None=None, # of the old model, whose answers they are, for the card
     **kwargs,                   # passed to `finetune`
 ) -> tuple[Adapter, Run]: # the refreshed adapter, the loss at every step
     "Teach the new model what the old specialist says (Trans-LoRA, arXiv 2405.17258), and true labels if given"
@@ -428,4 +473,4 @@ def refresh(
     if not losses: return tuned, losses
     note = (f'Refreshed on {len(answered):,} answers of the old specialist and {len(labelled):,} labelled examples: '
             f'{len(losses):,} steps. Form of the prompts: {code_span(renderer)}.')
-    return replace(tuned, card=tuned_card(adapter or Adapter({}), decoder.name, note)), losses
+    return replace(tuned, card=tuned_card(adapter or Adapter({}), decoder.name, note, specialist)), losses

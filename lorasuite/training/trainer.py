@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['split_batch', 'check_packing', 'watch_memory', 'Run', 'hash_tensors', 'last_checkpoint', 'resume_checkpoint',
-           'LightTrainer', 'fit', 'plot_losses']
+           'learned_positions', 'logits_at', 'token_loss', 'LightTrainer', 'fit', 'plot_losses']
 
 # %% ../../nbs/reference/trainer.ipynb #c7779896
 import ctypes, hashlib, json, os, re, time, warnings
@@ -14,6 +14,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 import torch
 from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import RandomSampler
 from transformers import (
     DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback,
@@ -22,6 +25,7 @@ from transformers import (
 from ..core.files import held, lock_directory, mark_directory, own_directory, remove_directory
 from ..core.files import scratch_directory, writing
 from ..core.settings import check_training, checked
+from ..core.streaming import fast_dtype
 
 # %% ../../nbs/reference/trainer.ipynb #0909939a
 @checked()
@@ -107,8 +111,9 @@ class Run(list):
 def _mixed_precision(
     model:torch.nn.Module, # to be trained
 ) -> dict: # `TrainingArguments`
-    "Autocast to the dtype of the base, where that has 16 bits"
-    if model.dtype == torch.bfloat16: return dict(bf16=True)
+    "Autocast to the dtype of a base in 16 bits, and of a wide model to 16 bits where a processor is made for it"
+    fast = model.device.type == 'cpu' and fast_dtype(model.config.get_text_config().hidden_size, model.device)
+    if torch.bfloat16 in (model.dtype, fast): return dict(bf16=True)
     return dict(fp16=True) if model.dtype == torch.float16 and model.device.type == 'cuda' else {}
 
 # %% ../../nbs/reference/trainer.ipynb #b7d097e3
@@ -174,6 +179,7 @@ def _differences(
     claim:dict[str, str],           # of this one
 ) -> str:
     "What differs between two runs, with the values that are short"
+    if 'method' in names: names = [name for name in names if name not in ('base model', 'start')] # both hash its parts
     def values(name):
         both = claimed.get(name, 'none'), claim.get(name, 'none')
         return f' ({both[0]}, now {both[1]})' if max(map(len, both)) < 24 else ''
@@ -250,14 +256,91 @@ def _hold_checkpoints(
     with writing(path): mark_directory(path)
     return handle
 
+# %% ../../nbs/reference/trainer.ipynb #learnedfn
+@checked(labels='whole texts length')
+def learned_positions(
+    labels:Tensor, # (texts, length) tokens to be learned, -100 elsewhere
+) -> tuple[Tensor, Tensor]: # (texts, length) where a model predicts them, (n,) the tokens
+    "Where the next token is learned, and which it is"
+    at = pad(labels[:, 1:] != -100, (0, 1))
+    return at, labels.roll(-1, 1)[at]
+
+# %% ../../nbs/reference/trainer.ipynb #headfn
+@contextmanager
+def _head_at(
+    model:torch.nn.Module,  # a causal language model
+    at:Tensor,              # (texts, length) which positions
+):
+    "Let the output embedding see some positions only, as one text of their own"
+    def pick(module, args): return (args[0][at][None], *args[1:]) if args[0].shape[:-1] == at.shape else args
+    head = getattr(model, 'get_output_embeddings', lambda: None)()
+    hook = head.register_forward_pre_hook(pick) if head else None
+    try: yield
+    finally:
+        if hook: hook.remove()
+
+# %% ../../nbs/reference/trainer.ipynb #rowsatfn
+def _rows_at(
+    logits:Tensor,  # (1, n, vocabulary) of n positions, or (texts, length, vocabulary) of a model without a known head
+    at:Tensor,      # (texts, length) which positions
+) -> Tensor: # (n, vocabulary)
+    "The predictions at some positions"
+    return logits[at] if logits.shape[:2] == at.shape else logits[0]
+
+# %% ../../nbs/reference/trainer.ipynb #logitsatfn
+@checked(at='whole texts length')
+def logits_at(
+    model:torch.nn.Module,  # a causal language model
+    at:Tensor,              # (texts, length) which positions
+    **batch,                # what the model reads
+) -> Tensor: # (n, vocabulary)
+    "What a model predicts at some positions; elsewhere nothing is computed for the vocabulary"
+    with _head_at(model, at): return _rows_at(model(**batch).logits, at)
+
+# %% ../../nbs/reference/trainer.ipynb #summedfn
+_AT_ONCE = 1 << 26 # numbers of tokens × vocabulary in 32 bits
+
+def _summed_loss(
+    loss:Callable,  # of (n, vocabulary) predictions and (n,) labels: their summed loss
+    logits:Tensor,  # (n, vocabulary)
+    labels:Tensor,  # (n,)
+) -> Tensor: # ()
+    "A loss over many positions, part by part"
+    rows = max(1, _AT_ONCE//logits.shape[-1])
+    if len(labels) <= rows: return loss(logits, labels)
+    parts = zip(logits.split(rows), labels.split(rows))
+    return sum(checkpoint(loss, *part, use_reentrant=False) for part in parts)
+
+# %% ../../nbs/reference/trainer.ipynb #tokenlossfn
+def token_loss(
+    logits:Tensor, # (n, vocabulary)
+    labels:Tensor, # (n,) tokens
+) -> Tensor: # ()
+    "Cross-entropy with the tokens that come, summed in 32 bits"
+    return cross_entropy(logits.float(), labels, reduction='sum')
+
 # %% ../../nbs/reference/trainer.ipynb #a8f95eb0
 class LightTrainer(Trainer):
-    "A `Trainer` that cuts one stream of examples into equal steps"
+    "A `Trainer` that cuts one stream of examples into equal steps, and computes logits only where something is learned"
+    def __init__(self, *args,
+        loss:Callable=token_loss, # of (n, vocabulary) logits and (n,) labels: their summed loss
+        **kwargs):
+        super().__init__(*args, compute_loss_func=self._mean_loss, **kwargs)
+        self.summed = loss
     def _get_train_sampler(self, *args):
         "Passes laid end to end, as many as the steps need"
         a = self.args
         per_step = a.train_batch_size*a.gradient_accumulation_steps*a.world_size
         return RandomSampler(self.train_dataset, num_samples=a.max_steps*per_step)
+    def _mean_loss(self, outputs, labels, num_items_in_batch=None):
+        "The loss over the learned tokens of a step"
+        at, wanted = learned_positions(labels)
+        total = _summed_loss(self.summed, _rows_at(outputs.logits, at), wanted)
+        return total/(max(1, len(wanted)) if num_items_in_batch is None else num_items_in_batch)
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        "The loss of a batch"
+        at, _ = learned_positions(inputs['labels'])
+        with _head_at(self.model, at): return super().compute_loss(model, inputs, *args, **kwargs)
     def floating_point_ops(self, inputs) -> int:
         "Not counted: it takes time, and nothing uses the number"
         return 0
@@ -368,7 +451,7 @@ def fit(
     batch_size:int=16,                  # examples per step, on all devices together
     micro_batch:int|None=None,          # examples at a time on a device; all of its share by default
     seed:int=0,                         # of the order of the examples
-    loss:Callable|None=None,            # of outputs, labels and their number; the model's own by default
+    loss:Callable|None=None,            # of (n, vocabulary) logits and (n,) labels, summed; cross-entropy by default
     pack:bool=False,                    # lay examples end to end? `ValueError` if the model cannot keep them apart
     validation:Sequence[dict]|None=None,# encoded; their loss is measured at the start and ten times on the way
     checkpoints:str|os.PathLike|None=None, # where an interrupted run is resumed; `ValueError` if another run's
@@ -383,13 +466,14 @@ def fit(
     settled = _schedule_arguments(steps, bool(checkpoints), bool(validation))
     settled |= _batch_arguments(batch_size, micro_batch)
     if pack: check_packing(model, rows[0])
-    settings = dict(steps=steps, lr=lr, batch_size=batch_size, micro_batch=micro_batch, seed=seed, loss=loss, pack=pack)
+    settings = dict(steps=steps, lr=lr, batch_size=batch_size, micro_batch=micro_batch, seed=seed, loss=loss, pack=pack,
+                    precision=_mixed_precision(model))
     with _restoring(model), scratch_directory() as scratch, ExitStack() as stack:
         args = _training_arguments(model, checkpoints or scratch, lr, seed, settled, arguments)
         claim = _claim(model, start, rows, validation, callbacks, settings | arguments) if checkpoints else {}
         last = stack.enter_context(resume_checkpoint(args, claim)) if checkpoints else None
         trainer = LightTrainer(model, args, train_dataset=rows, eval_dataset=validation, callbacks=[*callbacks],
-                               data_collator=_collator(tokenizer, pack), compute_loss_func=loss)
+                               data_collator=_collator(tokenizer, pack), loss=loss or token_loss)
         _choose_output(trainer, progress)
         return _timed_run(trainer, last)
 

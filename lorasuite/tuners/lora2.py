@@ -302,7 +302,8 @@ def _count_directions(
     start, goal = sum(ranks), round(target*len(ranks))
     if not 0 < goal <= start:
         mean = start/len(ranks)
-        raise ValueError(f'{target:g} directions of a module are to be left of {mean:g}: start with a higher rank')
+        remedy = 'start with a higher rank' if goal > 0 else 'leave at least one of a module'
+        raise ValueError(f'{target:g} directions of a module are to be left of {mean:g}: {remedy}')
     return start, goal
 
 # %% ../../nbs/course/21_lora2.ipynb #2d0e1eab

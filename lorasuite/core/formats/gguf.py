@@ -187,12 +187,12 @@ def recognises(
 
 # %% ../../../nbs/reference/gguf.ipynb #7da89c31
 def _file(
-    name:str|os.PathLike, # a file, a directory with one, or a Hub id
+    name:str|os.PathLike, # a file, a directory with one, or a Hub id, maybe with @REVISION
 ) -> Path:
     "The GGUF file; raises `FileNotFoundError` where there is none"
     path = Path(name)
     if path.is_file(): return path
-    source = resolve(name)
+    source = resolve(name, ['*.gguf'])
     folder = source if os.path.isdir(source) else snapshot_download(source, allow_patterns='*.gguf')
     found = sorted(Path(folder).glob('*.gguf'))
     if len(found) == 1: return found[0]

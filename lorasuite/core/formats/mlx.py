@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from ..adapter import Adapter
 from ..experts import split_expert
-from ..files import locate, parsing
+from ..files import file_hash, locate, parsing, split_revision
 from ..loading import load_skeleton
 from ..model import model_info, ModelInfo
 from ..ranks import EMPTY_CARD, largest_rank, named_strictly, pad_rank, strip_adapter
@@ -149,7 +149,10 @@ def read(
             raise ValueError(f'{file}: {path}: DoRA of an embedding is not carried: train without it')
     pairs = _pairs(tensors, rank, file)
     _check_keys(config, [*pairs], file)
-    adapter = Adapter({}, base=str(config.get('model') or ''), magnitudes=magnitudes)
+    base, revision = split_revision(str(config.get('model') or ''))
+    source = dict(name=str(name), sha256=file_hash(file))
+    if revision := revision or config.get('revision'): source['base_revision'] = str(revision)
+    adapter = Adapter({}, base=base, magnitudes=magnitudes, source=source)
     for path, (a, b) in pairs.items():
         if a.ndim == 3: adapter.updates |= _expert_updates(path, a, scale*b)
         else: (adapter.embeddings if _TABLES.search(path) else adapter.updates)[path] = a.T, scale*b.T
@@ -277,7 +280,9 @@ def write(
     magnitudes = {f'{_mlx_path(path, info, kind)}.m': m.float().contiguous() for path, m in adapter.magnitudes.items()}
     lora = dict(rank=rank, scale=1., dropout=0., keys=_keys([*tensors]))
     trained = 'dora' if magnitudes else 'lora'
-    config = dict(fine_tune_type=trained, model=adapter.base, num_layers=info.layers, lora_parameters=lora)
+    name, revision = split_revision(adapter.base)
+    config = dict(fine_tune_type=trained, model=name, num_layers=info.layers, lora_parameters=lora)
+    if revision: config['revision'] = revision
     (folder/_SETTINGS).write_text(json.dumps(config, indent=2, sort_keys=True), encoding='utf-8')
     stored = {f'{path}.lora_{side}': (t if t.itemsize == 2 else t.float()).contiguous().clone()
               for path, pair in tensors.items() for side, t in zip('ab', pair)}

@@ -104,6 +104,18 @@ def _full_weights(
     skipped = {name: _TASK if _of_task_head(name) else _FULL for name in full}
     return {name.replace('.base_layer.', '.'): t for name, t in full.items() if not _of_task_head(name)}, skipped
 
+# %% ../../../nbs/reference/formats.ipynb #chkwhole1
+def _check_whole(
+    weights:dict[str, Tensor],  # name of a weight of the model: weight
+    file:Path,                  # the file, for messages
+):
+    "Raise `ValueError` for a whole weight of integers, or with values that are not finite"
+    for name, W in weights.items():
+        if not W.is_floating_point():
+            raise ValueError(f'{file}: {name} is of type {W.dtype}: give the adapter before it was quantised')
+        if not W.isfinite().all():
+            raise ValueError(f'{file}: {name} has values that are not finite: the adapter is damaged, save it again')
+
 # %% ../../../nbs/reference/formats.ipynb #b9a17085
 _ROWS = '.token_adapter.trainable_tokens_delta'
 
@@ -191,6 +203,8 @@ def split_keys(
         table = factors.pop('table')
         _check_factors(path, factors, 'AB' if table else sides, file)
         A = factors['A']*factors['E'] if 'E' in factors else factors['A']
+        if not len(A) and sides == 'AB':
+            raise ValueError(f'{file}: {path} has rank 0, which PEFT does not load: save the adapter again without it')
         if len(A): pairs[path] = dict(A=A, B=factors['B'], table=table)
     if not pairs: raise ValueError(f'{file} holds no LoRA update')
     return pairs
@@ -224,8 +238,9 @@ def _check_rank(
     "Raise `ValueError` where the settings say another rank than the tensors have"
     with parsing(settings): said = _rank(config, path)
     if said is None or type(said) is int and said == rank: return
-    raise ValueError(f'{settings}: the rank of {path} is {said!r}, but its lora_A has {rank} rows: '
-                     'the settings are those of another adapter, save it again')
+    remedy = 'set that number there'
+    if type(said) is int: remedy = 'the settings are those of another adapter, save it again'
+    raise ValueError(f'{settings}: the rank of {path} is {said!r:.60}, but its lora_A has {rank} rows: {remedy}')
 
 # %% ../../../nbs/reference/formats.ipynb #laytrans1
 def _check_layers(
@@ -567,6 +582,9 @@ def check_config(
     "Raise `ValueError` for adapters whose tensors are not updates of the base weights"
     if _kind(config) not in READERS:
         check_patterns(config, _SOME_PATHS, file)
+        if config.is_prompt_learning:
+            raise ValueError(f'{file}: {_kind(config)} adapter: it adds to what the model reads and changes no weight, '
+                             'so that no LoRA can stand for it: train a LoRA on the same data')
         raise OtherMethod(f'{file}: {_kind(config)} adapter, not a LoRA: {_CONVERT}')
     base, start = config.base_model_name_or_path, getattr(config, 'init_lora_weights', True)
     if not isinstance(base, str|None):
@@ -636,7 +654,8 @@ def _read_settings(
     file:Path, # adapter_config.json
 ) -> PeftConfig: # with `r=None` where the file has none
     "The settings of an adapter; raises `ValueError` where they are unreadable or no settings of PEFT"
-    with parsing(file): said = dict(json.loads(file.read_text(encoding='utf-8')))
+    with parsing(file): said = json.loads(file.read_text(encoding='utf-8'))
+    if not isinstance(said, dict): raise ValueError(f'{file} is no table of settings: save the adapter again')
     if 'peft_type' not in said:
         kind = 'those of an MLX adapter' if 'lora_parameters' in said else 'not those of a PEFT adapter'
         raise ValueError(f'{file} is not readable as settings of PEFT (no peft_type, they are {kind}): '
@@ -754,6 +773,23 @@ def _lost_targets(
     if isinstance(targets, str) or isinstance(excluded, str) or getattr(config, 'target_parameters', None): return []
     return sorted(t for t in {*targets} - {*excluded} if not any(f'.{path}'.endswith(f'.{t}') for path in paths))
 
+# %% ../../../nbs/reference/formats.ipynb #lostoth01
+def _lost_others(
+    config:PeftConfig,  # the adapter's settings
+    adapter:Adapter,    # as read from the file
+    paths:set[str],     # of the modules and parameters in the file
+) -> Iterator[tuple[str, str]]: # setting, what it names
+    "What other settings say was trained, and the file does not have"
+    names = {*adapter.weights, *adapter.skipped, *paths}
+    saved = [m for m in getattr(config, 'modules_to_save', None) or () if m not in _TASK_HEADS]
+    lost = [m for m in saved if not any(f'.{m}.' in f'.{name}.' for name in names)]
+    if lost: yield 'modules_to_save', shortened(lost)
+    tokens = getattr(config, 'trainable_token_indices', None)
+    if tokens and not adapter.rows: yield 'trainable_token_indices', f'{tokens!r:.60}'
+    parameters = getattr(config, 'target_parameters', None)
+    if parameters and not adapter.parameters and _UNCLEAR not in adapter.skipped.values():
+        yield 'target_parameters', shortened(parameters)
+
 # %% ../../../nbs/reference/formats.ipynb #7f1882d8
 def _idle_patterns(
     config:PeftConfig,  # the adapter's settings
@@ -788,6 +824,8 @@ def _doubts(
     "What the settings say and the file does not have"
     if lost := _lost_targets(config, paths):
         yield f'target_modules names {shortened(lost)}, and the file has no tensor for it: save the adapter again'
+    for setting, lost in _lost_others(config, adapter, paths):
+        yield f'{setting} names {lost}, and the file has no tensor for it: what was trained there is lost'
     if idle := _idle_patterns(config, paths)*(_kind(config) == 'LORA'):
         yield f'{shortened(idle)} in rank_pattern or alpha_pattern match no module, as in PEFT'
     if rivals := _rival_patterns(config, paths):
@@ -839,6 +877,7 @@ def read(
     check_patterns(config, {*map(_path_of_factor, tensors)}, folder/SETTINGS)
     with parsing(file): rows = _token_rows(tensors, config, file)
     weights, skipped = _full_weights(tensors)
+    _check_whole(weights, file)
     factors, left_out = _factors(tensors)
     found = READERS[_kind(config)](factors, config, file)
     adapter = replace(strip_adapter(found, file), base=config.base_model_name_or_path or '', rows=rows, weights=weights,

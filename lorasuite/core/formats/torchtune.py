@@ -42,7 +42,7 @@ def _find(
     "The file of an adapter; raises `ValueError` for several, `FileNotFoundError` for none"
     path, found = Path(name), _candidates(listed_files(name))
     if path.is_file(): return path
-    source = Path(resolve(str(name)))
+    source = Path(resolve(str(name), found))
     if len(found) == 1:
         wanted = [found[0], SETTINGS, 'config.json']
         return (source if source.is_dir() else Path(snapshot_download(str(name), allow_patterns=wanted)))/found[0]
