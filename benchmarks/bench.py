@@ -87,6 +87,17 @@ def align_small():
     old, new = (model('smollm-135m', f'small{seed}', seed=seed, dtype=torch.float32) for seed in (0, 1))
     return aligned(old, new, repeats=1)
 
+def align_depths():
+    "Two models of 8 layers against two of 32, otherwise of the shapes of SmolLM-135M, with 4,096 tokens"
+    import torch
+    now, found = 'from lorasuite.stages.alignment import align; align(*sys.argv[1:3])', {}
+    for layers in (8, 32):
+        changes = dict(layers=layers, vocab_size=4096, dtype=torch.float32)
+        pair = [model('smollm-135m', f'deep{layers}-{seed}', seed=seed, **changes) for seed in (0, 1)]
+        found[f'{layers} layers'] = process(now, *pair)
+    return dict(seconds={name: [cpu] for name, (cpu, _) in found.items()},
+                gb={name: gb for name, (_, gb) in found.items()})
+
 def align_large():
     "The shapes of Llama-2-7B and Llama-3-8B, 2 layers of each"
     old, new = model('llama-2-7b', 'large0', layers=2), model('llama-3-8b', 'large1', layers=2, seed=1)
@@ -466,7 +477,8 @@ def growth():
 
 COMPARISONS = dict(
     cka=cka, matching=match_descended, unrelated=match_unrelated, polar=polar, training=training,
-    methods=training_methods, answers=answers, growth=growth, adapter=one_adapter, align=align_small) | {
+    methods=training_methods, answers=answers, growth=growth, adapter=one_adapter, align=align_small,
+    depth=align_depths) | {
     f'heads: {name}': partial(heads, name) for name in PAIRS} | {
     f'vocabulary {size:,}': partial(vocabulary, size) for size in VOCABULARIES}
 LARGE = dict(large=align_large)

@@ -580,29 +580,43 @@ def finetune_command(
     return found | _beside_updates(tuned, decoder=decoder)
 
 # %% ../nbs/reference/cli.ipynb #9fd5d19f
-def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, data, lessons, options) -> dict:
-    "Refresh a single adapter; the old model is let go before the training"
-    from dataclasses import replace
+def _taught(old:str, specialist, questions:list[dict], lessons:Path|None, **shared) -> tuple[list[dict], dict]:
+    "What a specialist teaches, and what it has besides updates; its model is let go"
+    from lorasuite.core.loading import load_model
+    from lorasuite.stages.added_tokens import with_tokens
+    from lorasuite.training.refresh_many import keep_lessons
+    teacher = with_tokens(load_model(old), specialist)
+    taught = keep_lessons(teacher, specialist, questions, lessons=lessons, **shared)
+    return taught, _beside_updates(specialist, '_of_specialist', teacher)
+
+# %% ../nbs/reference/cli.ipynb #refone2
+def _check_refresh(old:str, new:str, specialist, start, labelled:list[dict], questions:list[dict], prompts):
+    "Raise what is wrong with two models, their adapters and the data before anything is computed"
     from lorasuite.core.adapter import check_fit
     from lorasuite.core.loading import load_model
     from lorasuite.stages.added_tokens import with_tokens
     from lorasuite.stages.pairing import warn_of_base
-    from lorasuite.training.refresh_many import check_lessons, keep_lessons, learn_lessons
     from lorasuite.training.upgrade import check_prompts
+    base = load_model(new, lazy=not (start and start.tokenizer))
+    if start: check_fit(start, with_tokens(base, start))
+    for worn, model in ((specialist, old), (start, new)):
+        if worn: warn_of_base(worn, model)
+    check_prompts(old, base, labelled, questions, prompts)
+
+# %% ../nbs/reference/cli.ipynb #refone3
+def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, data, lessons, options) -> dict:
+    "Refresh a single adapter; the old model is let go before the training"
+    from dataclasses import replace
+    from lorasuite.core.loading import load_model
+    from lorasuite.stages.added_tokens import with_tokens
+    from lorasuite.training.refresh_many import check_lessons, learn_lessons
     check_lessons(lessons)
     questions = _examples(inputs, options.columns, options.split, labelled=False)
     labelled = _examples(data, options.columns, options.split)
     specialist, first = _load_adapter(adapter, options.adapter_name), _load_adapter(start, None)
-    base = load_model(new, lazy=not (first and first.tokenizer))
-    if first: check_fit(first, with_tokens(base, first))
-    for worn, model in ((specialist, old), (first, new)):
-        if worn: warn_of_base(worn, model)
-    check_prompts(old, base, labelled, questions, options.prompts)
+    _check_refresh(old, new, specialist, first, labelled, questions, options.prompts)
     shared = dict(options=options, checkpoints=_checkpoints(out), progress=_show_progress())
-    teacher = with_tokens(load_model(old), specialist)
-    beside = _beside_updates(specialist, '_of_specialist', teacher)
-    taught = keep_lessons(teacher, specialist, questions, lessons=lessons, **shared)
-    del teacher
+    taught, beside = _taught(old, specialist, questions, lessons, **shared)
     student = with_tokens(load_model(new), first)
     refreshed, run = learn_lessons(student, taught, replace(specialist, base=old), first, labelled, **shared)
     _finish(refreshed, out)

@@ -565,6 +565,13 @@ def test_its_lessons_are_its_answers(chatty, tmp_path):
     assert (loss.p > 1e-3).sum(1).max() > 1, 'no doubt of the teacher was carried'
     assert len(refresh(student, taught, steps=2)[1]) == 2
 
+def test_positions_of_many_texts_are_taken_from_all():
+    old, new = (load_model(f'zoo/{name}') for name in ('old', 'new'))
+    asked = [dict(instruction=e['instruction']) for e in load_data('zoo/train.jsonl')[:160]]
+    for batches in paired_positions(old, new, asked):
+        assert max(len(at) for _, at in batches) == 2000*16//160 # where a batch has more, some are left out
+        for ids, at in batches: assert len((at//ids.shape[1]).unique()) == len(ids)
+
 def test_refit_reads_the_questions_in_both_templates(chatty):
     from lorasuite.core.adapter import Adapter
     old, new = (load_model(chatty/name) for name in ('old', 'new'))

@@ -7,7 +7,7 @@ from models import error, random_adapter, random_decoder, whole
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_families import FAMILIES
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, modeling_utils
 from typer.testing import CliRunner
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.files import data_dir
@@ -123,6 +123,15 @@ def test_logits_where_something_is_learned(tokenizer, name):
         some = logits_at(decoder.model, at, **batch, use_cache=False)
     assert error(some, out.logits[at]) <= 1e-5
     assert token_loss(some, learned).item()/len(learned) == pytest.approx(out.loss.item(), rel=1e-4)
+
+@pytest.mark.skipif(not hasattr(modeling_utils, 'slice_logits_to_keep'), reason='a mask since transformers 5.22')
+def test_logits_are_those_that_transformers_keeps(tokenizer):
+    model = random_decoder(tokenizer).model
+    batch = DataCollatorForSeq2Seq(tokenizer, padding=True)([encode(e, tokenizer) for e in ROWS[:3]])
+    at, _ = learned_positions(batch.pop('labels'))
+    with torch.no_grad():
+        theirs = model(**batch, use_cache=False, logits_to_keep=at).logits
+        assert torch.equal(logits_at(model, at, **batch, use_cache=False), theirs)
 
 def test_an_updated_output_embedding_sees_what_is_learned(tokenizer):
     model = get_peft_model(random_decoder(tokenizer).model, LoraConfig(r=2, target_modules=['lm_head', 'q_proj']))

@@ -115,11 +115,16 @@ def test_other_settings(folder, changes, instead):
     with holding(folder/CONFIG, json.dumps(config).encode()): check_adapter(folder)
 
 DIGITS = b'{"peft_type": "LORA", "r": ' + b'9'*5000 + b'}'
-HARD = [b'['*100_000, DIGITS, b'\xef\xbb\xbf{}', b'[]', b'null', b'\xff']
+HARD = [b'['*100_000, DIGITS, b'\xef\xbb\xbf{}', b'\xff']
 
 @pytest.mark.parametrize('content', HARD)
 def test_settings_that_are_hard_to_read(folder, content):
-    message = f'{CONFIG} is (not readable .*|no table of settings): save the adapter again'
+    message = f'{CONFIG} is not readable .*: save the adapter again'
+    with holding(folder/CONFIG, content), pytest.raises(ValueError, match=message): Adapter.load(folder)
+
+@pytest.mark.parametrize('content', [b'[]', b'null', b'1', b'"LORA"'])
+def test_settings_that_are_no_table(folder, content):
+    message = f'{CONFIG} is no table of settings: save the adapter again'
     with holding(folder/CONFIG, content), pytest.raises(ValueError, match=message): Adapter.load(folder)
 
 def test_a_kind_that_is_no_name(folder):

@@ -107,12 +107,10 @@ def matching_positions(
 def matching_rows(
     spans:list[list[tuple[int, int]]],  # character spans of the old tokens, for each text
     spans2:list[list[tuple[int, int]]], # of the new tokens
-    rows:int,                           # at most so many
 ) -> Tensor: # (n, 3) text, position in its old tokens, position in its new tokens
-    "The first matching positions of a batch of texts"
+    "The matching positions of a batch of texts"
     pairs = enumerate(map(matching_positions, spans, spans2))
-    found = [(text, *at) for text, some in pairs for at in some]
-    return torch.tensor(found[:rows], dtype=torch.long).view(-1, 3)
+    return torch.tensor([(text, *at) for text, some in pairs for at in some], dtype=torch.long).view(-1, 3)
 
 # %% ../../nbs/course/06_cka.ipynb #d4a02276
 def _check_finite(
@@ -150,7 +148,7 @@ def paired_batches(
     texts, batches, batches2 = sorted(texts, key=length), [], [] # texts of one length together: little padding
     for i in range(0, len(texts), batch_size):
         (ids, spans), (ids2, spans2) = (read_texts(decoder, texts[i:i+batch_size]) for decoder in (old, new))
-        text, at, at2 = matching_rows(spans, spans2, rows).T
+        text, at, at2 = matching_rows(spans, spans2)[:rows].T
         if len(text) < 4: continue
         batches.append(_cut(ids, text, at))
         batches2.append(_cut(ids2, text, at2))

@@ -520,9 +520,10 @@ def _may_think(
     question, options = [_turn('user', _USER)], template.options
     before = template.render([*question, _turn('assistant', _ANSWER)]).partition(_ANSWER)[0]
     asked = template.render(question, ask=True)
-    others = []
-    for template.options in ({}, dict(enable_thinking=True)): others.append(template.render(question, ask=True))
-    template.options = options
+    try:
+        others = []
+        for template.options in ({}, dict(enable_thinking=True)): others.append(template.render(question, ask=True))
+    finally: template.options = options
     marks = tuple(filter(None, (template.form.closing.strip(), template.form.header.strip())))
     return not (asked != others[0] or asked != others[1] or before.rstrip().endswith(marks))
 

@@ -53,6 +53,14 @@ def _reader(
         return ids.to(decoder.device), [spans for _, spans in found]
     return read
 
+# %% ../../nbs/course/19_refit.ipynb #evenfn
+def _evenly(
+    found:Tensor,   # (n, 3) matching positions of a batch of texts
+    most:int,       # at most so many
+) -> Tensor: # (≤ most, 3)
+    "Some of the positions, from all texts"
+    return found[torch.linspace(0, len(found) - 1, min(len(found), most)).long()]
+
 # %% ../../nbs/course/19_refit.ipynb #e82d41b4
 @checked('texts')
 def paired_positions(
@@ -67,7 +75,7 @@ def paired_positions(
     share = -(-MAX_POSITIONS*batch_size//len(texts))
     for i in range(0, len(texts), batch_size):
         (ids, spans), (ids2, spans2) = (read(texts[i:i+batch_size]) for read in readers)
-        text, at, at2 = matching_rows(spans, spans2, share).T
+        text, at, at2 = _evenly(matching_rows(spans, spans2), share).T
         if not len(text): continue
         batches.append((ids, text*ids.shape[1] + at))
         batches2.append((ids2, text*ids2.shape[1] + at2))

@@ -30,7 +30,7 @@ from .evaluate import generate
 from .finetune import finetune
 from .prompts import as_messages, ask_all, drop_thoughts, Prompts, question_key, Renderer
 from .prompts import with_answer, with_opening, without_thoughts
-from .trainer import hash_tensors, learned_positions, logits_at, Run
+from .trainer import hash_tensors, learned_positions, LOGITS_AT_ONCE, logits_at, Run
 
 # %% ../../nbs/course/20_refresh.ipynb #8aec3c88
 def _is_usable(
@@ -150,8 +150,6 @@ def _up_to_end(
     return dict(input_ids=ids, labels=[-100]*start + labels[start:stop] + [-100]*(len(ids) - stop))
 
 # %% ../../nbs/course/20_refresh.ipynb #batchfn
-_AT_ONCE = 1 << 26 # predictions: tokens × vocabulary
-
 def _batches_by_length(
     rows:list[dict],    # encoded examples
     batch_size:int,     # examples at a time, at most
@@ -159,10 +157,10 @@ def _batches_by_length(
 ) -> list[list[int]]: # numbers of rows
     "Batches of about one length, of which each has a bounded number of predictions"
     learned = [sum(t != -100 for t in row['labels'])*vocabulary for row in rows]
-    batches, room = [[]], _AT_ONCE
+    batches, room = [[]], LOGITS_AT_ONCE
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i]['input_ids'])):
         full = len(batches[-1]) == batch_size or learned[i] > room
-        if batches[-1] and full: batches, room = batches + [[]], _AT_ONCE
+        if batches[-1] and full: batches, room = batches + [[]], LOGITS_AT_ONCE
         batches[-1].append(i)
         room -= learned[i]
     return batches
