@@ -7,7 +7,7 @@ __all__ = ['app', 'demo_command', 'inspect_command', 'align_command', 'transfer_
            'evaluate_command', 'upgrade_command', 'convert_command']
 
 # %% ../nbs/reference/cli.ipynb #b26734db
-import functools, inspect, json, logging, os, sys, traceback, warnings
+import functools, inspect, json, logging, os, re, sys, time, traceback, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from enum import Enum
@@ -47,6 +47,42 @@ def _quiet():
     if 'datasets' in sys.modules: sys.modules['datasets'].disable_progress_bars()
     warnings.showwarning = _show_warning
 
+# %% ../nbs/reference/cli.ipynb #forpeople1
+_SAID = dict(peak_bytes='peak memory', trained='trained parameters', fit='fit of the transfer matrix',
+             shared='shared tokens', r2='R²', rank_error='error of the smaller rank',
+             dtype_error='error of the rounding') # names for people
+_SHARES = ('accuracy', 'rank_error', 'dtype_error')
+
+def _for_people(
+    name:str,   # of a value
+    value,      # of a result
+) -> str:
+    "A value as a person reads it: shares in percent, bytes and seconds with their units, pairs with arrows"
+    if name == 'peak_bytes': return f'{value/1e9:.1f} GB' if value >= 1e9 else f'{value/1e6:,.0f} MB'
+    if name == 'seconds': return f'{value:.1f} s'
+    if name in _SHARES: return f'{value:.1%}' if value >= .01 or not value else f'{100*value:.2g}%'
+    if name == 'adapter': return re.sub(r'^Adapter\((.*)\)$', r'\1', re.sub(r'rank \[(.*?)\]', r'rank \1', value))
+    if isinstance(value, dict): return ', '.join(f'{_SAID.get(k, k)} {_for_people(k, x)}' for k, x in value.items())
+    if isinstance(value, list): return ', '.join(f'{a}→{b}' for a, b in value)
+    if isinstance(value, float): return f'{value:.3g}'
+    return f'{value:,}' if isinstance(value, int) else str(value)
+
+# %% ../nbs/reference/cli.ipynb #benchline1
+def _prompt_lines(
+    prompts:dict[str, str], # `old` and `new`: how each model is asked
+) -> list[str]: # one where both are asked alike
+    "How two models are asked"
+    if len({*prompts.values()}) == 1: return [f'prompt: {prompts["new"]}']
+    return [f'prompt of the {side} model: {form}' for side, form in prompts.items()]
+
+# %% ../nbs/reference/cli.ipynb #benchline3
+def _benchmark_line(
+    row:dict, # `task`, `metric`, `value` and standard `error`
+) -> str:
+    "The result of a benchmark"
+    value, error = (f'{x:.3f}' if isinstance(x, float) else f'{x}' for x in (row['value'], row['error']))
+    return f'{row["task"]}, {row["metric"]}: {value}' + f' ± {error}'*isinstance(row['error'], float)
+
 # %% ../nbs/reference/cli.ipynb #resultlines
 _NAMED = 24 # names that a line holds; a card and `--json` have them all
 
@@ -55,11 +91,16 @@ def _result_lines(
 ) -> Iterator[str]:
     "A line for each value; a list of lines as it is, names by reason in a line for each reason"
     for name, value in result.items():
-        said = name.replace('_', ' ')
+        said = _SAID.get(name, name.replace('_', ' '))
         if 'skipped' in name: yield from (f'{said}, {why}: {shortened(some, _NAMED)}' for why, some in value.items())
         elif 'whole_weights' in name: yield f'{said}, put on the model as they are: {shortened(value, _NAMED)}'
         elif name == 'facts': yield from value
-        elif value != {}: yield f'{name}: {value}'
+        elif name == 'prompts': yield from _prompt_lines(value)
+        elif name == 'benchmarks': yield from map(_benchmark_line, value)
+        elif name == 'accuracy' and 'interval' in result:
+            low, high = result['interval']
+            yield f'accuracy: {value:.1%} (95% interval {100*low:.0f}–{high:.0%})'
+        elif name != 'interval' and value != {}: yield f'{said}: {_for_people(name, value)}'
 
 # %% ../nbs/reference/cli.ipynb #e35e9629
 def _print_result(result:dict, as_json:bool):
@@ -84,7 +125,8 @@ def _checked(
     return values
 
 # %% ../nbs/reference/cli.ipynb #192ca8ec
-_BESIDE = ((('rank', 'roles'), 'adapter'), (('epochs',), 'steps')) # options that cannot apply, beside what
+_BESIDE = ( # options that cannot apply, beside what
+    (('rank', 'roles'), 'adapter'), (('epochs', 'budget'), 'steps'), (('budget',), 'epochs'))
 _READ, _ASKED = ('columns', 'split'), ('prompt', 'chat_template', 'thinking')
 _NEEDS = dict( # command: options that cannot apply, without one of which others
     upgrade=((('epochs', 'steps', 'lr', 'seed'), ('data',)), (_READ + _ASKED, ('data', 'inputs'))),
@@ -102,7 +144,8 @@ def _check_options(
     for options, others in _NEEDS.get(command, ()):
         idle = [given[name] for name in options if name in given and not given.keys() & {*others}]
         needed = ' or '.join(f'--{name.replace("_", "-")}' for name in others)
-        if idle: raise ValueError(f'{", ".join(idle)} cannot apply without {needed}: give it too, or neither')
+        if idle: raise ValueError(f'{", ".join(idle)} cannot apply without {needed}: give {needed} too, or leave '
+                                  f'{", ".join(idle)} out')
 
 # %% ../nbs/reference/cli.ipynb #splitopt2
 def _check_split(
@@ -166,6 +209,28 @@ def _failures(
     if not names: return ''
     return f'{len(names)} of {len(report["adapters"])} adapters failed: {shortened(names, _NAMED)}'
 
+# %% ../nbs/reference/cli.ipynb #interr1
+def _interrupted(
+    values:dict, # of the parameters of a command
+) -> str:
+    "What is left of an interrupted command, and how it goes on"
+    out = values.get('out')
+    if out is None: return 'interrupted'
+    if 'adapters' in values and _is_many(**values):
+        if not out.is_dir(): return 'interrupted'
+        return f'interrupted; start the same command again to do what is left (what is done stays in {out})'
+    kept = is_ours(_checkpoints(out))
+    return 'interrupted' + f'; start the same command again to resume (checkpoints in {_checkpoints(out)})'*kept
+
+# %% ../nbs/reference/cli.ipynb #withtmpl1
+def _with_template(
+    message:str,    # what is wrong
+    values:dict,    # of the parameters of a command
+) -> str:
+    "A message about a chat template, with the option that it was given by"
+    given = values.get('chat_template')
+    return f'--chat-template {given}: {message}' if given and 'the chat template of' in message else message
+
 # %% ../nbs/reference/cli.ipynb #940bc91b
 def _command(f:Callable) -> Callable:
     "Make `f` a subcommand that prints its dict; bad input ends with status 2, our own faults with 1"
@@ -181,8 +246,8 @@ def _command(f:Callable) -> Callable:
             out = None if 'adapters' in kwargs and _is_many(**kwargs) else kwargs.get('out')
             with redirect_stdout(sys.stderr if as_json else sys.stdout), _reserved(out):
                 result = f(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as e: _fail(str(e), 2)
-        except KeyboardInterrupt: _fail('interrupted', 130)
+        except (ValueError, OSError, ImportError) as e: _fail(_with_template(str(e), kwargs), 2)
+        except KeyboardInterrupt: _fail(_interrupted(kwargs), 130)
         except Exception as e:
             traceback.print_exc()
             _fail(f'a fault of lorasuite, please report it: {type(e).__name__}: {e}', 1)
@@ -231,14 +296,21 @@ _Split = Annotated[str, typer.Option(help='which split of a Hub dataset')]
 _Prompt = Annotated[Optional[str], typer.Option(
     help='how a model is asked: chat (its template), qa, or a text with {instruction}; by default chat where it can')]
 _Template = Annotated[Optional[str], typer.Option(
-    metavar='FILE', help='chat template (Jinja) instead of the model\'s own; OLD,NEW where there are two models, '
-                         'either of which may be empty')]
+    metavar='FILE', help='chat template (Jinja) instead of the model\'s own')]
+_Templates = Annotated[Optional[str], typer.Option(
+    '--chat-template', metavar='FILE', help='chat template (Jinja) instead of both models\' own; or OLD,NEW for a file '
+                                            'for each, either of which may be empty')]
 _Thinking = Annotated[Enum('Thinking', {s: s for s in ('keep', 'drop', 'forbid')}), typer.Option(
     help='what becomes of thoughts: kept; dropped from the data; or dropped, and the model asked not to think')]
 _KEEP = 'keep' # what --thinking is by default
 
 # %% ../nbs/reference/cli.ipynb #a1377a5a
 _Epochs = Annotated[float, typer.Option(min=0, help='passes over the data')]
+_Passes = Annotated[Optional[float], typer.Option(
+    '--epochs', min=0, help='passes over the lessons, instead of rounds')]
+_Budget = Annotated[Optional[str], typer.Option(
+    metavar='TIME', help='for lessons and training, such as 90s, 5m or 1h; without it, --steps and --epochs the '
+                         'training ends where another minute brings less than a point')]
 _Steps = Annotated[Optional[int], typer.Option(min=0, help='optimiser steps, instead of passes')]
 _Rate = Annotated[float, typer.Option(help='peak learning rate')]
 _Schedule = Annotated[Enum('Schedule', {s: s for s in SCHEDULES}), typer.Option(
@@ -262,6 +334,18 @@ _Seed = Annotated[int, typer.Option(help='of a fresh LoRA and of the order of th
 def _show_progress() -> bool:
     "Is there a person to show progress bars to?"
     return sys.stderr.isatty() and is_main_process()
+
+# %% ../nbs/reference/cli.ipynb #secondsfn
+def _seconds(budget:str|None) -> float|None:
+    "The seconds of --budget; `None` without it"
+    from lorasuite.training.rounds import parse_duration
+    try: return budget and parse_duration(budget)
+    except ValueError as e: raise ValueError(f'--budget {e}') from None
+
+# %% ../nbs/reference/cli.ipynb #sayfn
+def _say(line:str):
+    "Tell a person how the work goes"
+    if is_main_process(): print(printable(line), file=sys.stderr)
 
 # %% ../nbs/reference/cli.ipynb #fe6df2d7
 def _finish(adapter, out:Path):
@@ -291,12 +375,37 @@ def _examples(source:str|None, columns:str|None=None, split:str='train', labelle
     if is_main_process(): print(printable(found.description), file=sys.stderr)
     return found
 
+# %% ../nbs/reference/cli.ipynb #checkcol1
+def _check_column(
+    ours:str,   # left of `=`
+    theirs:str, # right of it
+):
+    "Raise `ValueError` for a name on the left that is none of ours"
+    from lorasuite.training.examples import COLUMNS
+    if not (ours and theirs) or ours in COLUMNS: return
+    pair = f'{ours}={theirs}'
+    if theirs in COLUMNS: raise ValueError(f'--columns {pair}: our name comes first: give {theirs}={ours}')
+    raise ValueError(f'--columns {pair}: {ours} is no column that is read: give one of {", ".join(COLUMNS)} before =')
+
 # %% ../nbs/reference/cli.ipynb #a6d8d67b
 def _renaming(columns:str|None) -> dict[str, str]:
     "Our names of columns with the file's, from OURS=THEIRS,…; raises `ValueError` for another text"
     pairs = [pair.partition('=')[::2] for pair in (columns or '').split(',') if columns]
+    for ours, theirs in pairs: _check_column(ours, theirs)
     if all(ours and theirs for ours, theirs in pairs): return dict(pairs)
     raise ValueError(f'--columns {columns}: give pairs such as instruction=question,output=answer')
+
+# %% ../nbs/reference/cli.ipynb #checktmpl1
+def _check_template(
+    text:str, # of a chat template
+    name:str, # of its file
+):
+    "Raise `ValueError` naming the file and the line of a template that is no Jinja"
+    from jinja2 import Environment, TemplateSyntaxError
+    plain = re.sub(r'\{%[-+]?\s*(end)?generation\s*[-+]?%\}', '', text) # a tag of transformers
+    try: Environment(extensions=['jinja2.ext.loopcontrols']).parse(plain)
+    except TemplateSyntaxError as e:
+        raise ValueError(f'{name}, line {e.lineno}: no chat template in Jinja ({e.message}): correct it') from None
 
 # %% ../nbs/reference/cli.ipynb #66a01b7a
 def _template_text(name:str) -> str|None:
@@ -318,6 +427,7 @@ def _prompts(prompt:str|None, template:str|None, thinking:Enum|str, models:int=1
     kind = getattr(thinking, 'value', thinking)
     text = prompt and prompt.replace('\\n', '\n').replace('\\t', '\t')
     found = [Prompts(text, _template_text(name), kind) for name in names]
+    for name, made in zip(names, found): _check_template(made.template or '', name)
     return found[0] if models == 1 else (found[0], found[-1])
 
 # %% ../nbs/reference/cli.ipynb #577b459c
@@ -381,7 +491,7 @@ def inspect_command(
     inputs:Annotated[Optional[str], typer.Option(
         help='some questions of the task, without answers: how will both models be asked? With --deep: how do they '
              'answer?')]=None,
-    prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
+    prompt:_Prompt=None, chat_template:_Templates=None, thinking:_Thinking=_KEEP,
     columns:_Columns=None, split:_Split='train', adapter_name:_Which=None, json_:_Json=False,
 ):
     "Say what an upgrade changes and what will be transferred. With --deep it reads the weights and advises."
@@ -521,7 +631,7 @@ def transfer_command(
     out:_Outs, listed:_Listed=None, hub_user:_HubUser=None, jobs:_Jobs=None, engine:_Engine=None,
     inputs:_Questions=None, adapter_name:_Which=None, format:_Format='peft', dtype:_Dtype='base',
     max_rank:_MaxRank=None, compact:_Compact=False, plain_rank:_Plain=None,
-    prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
+    prompt:_Prompt=None, chat_template:_Templates=None, thinking:_Thinking=_KEEP,
     columns:_Columns=None, split:_Split='train', force:_Force=False, json_:_Json=False,
 ):
     "Transfer an adapter along an alignment, or many. Interrupted with many, it resumes when started again."
@@ -563,20 +673,20 @@ def finetune_command(
     "Tune an adapter on labelled examples. Interrupted, it resumes from the last checkpoint when started again."
     from lorasuite.core.loading import load_model
     from lorasuite.stages.added_tokens import with_tokens
-    from lorasuite.stages.pairing import warn_of_base
+    from lorasuite.stages.pairing import check_base
     from lorasuite.training.finetune import finetune
     from lorasuite.training.prompts import Renderer
     prompts = _prompts(prompt, chat_template, thinking)
     rows = _examples(data, columns, split)
     start = _load_adapter(adapter, adapter_name)
+    if start: check_base(start, new)
     decoder = with_tokens(load_model(new), start)
-    if start: warn_of_base(start, new)
     tuned, run = finetune(
         decoder, rows, start, steps, lr, rank, seed, epochs, batch_size, _split_names(roles), whole,
         prompts=prompts, micro_batch=micro_batch, pack=pack, gradient_checkpointing=gradient_checkpointing,
         checkpoints=_checkpoints(out), progress=_show_progress(), **_training_options(schedule, warmup, bf16, prune))
     _finish(tuned, out)
-    found = dict(out=str(out), adapter=str(tuned), prompt=str(Renderer.of(decoder, prompts))) | _costs(run)
+    found = dict(out=str(out), adapter=str(tuned), prompt=str(Renderer.of(decoder, prompts, start))) | _costs(run)
     return found | _beside_updates(tuned, decoder=decoder)
 
 # %% ../nbs/reference/cli.ipynb #9fd5d19f
@@ -590,18 +700,16 @@ def _taught(old:str, specialist, questions:list[dict], lessons:Path|None, **shar
     return taught, _beside_updates(specialist, '_of_specialist', teacher)
 
 # %% ../nbs/reference/cli.ipynb #refone2
-def _check_refresh(old:str, new:str, specialist, start, labelled:list[dict], questions:list[dict], prompts):
+def _check_refresh(
+    old:str, new:str, specialist, start, labelled:list[dict], questions:list[dict], prompts,
+) -> dict[str, str]: # `old` and `new`: how they are asked
     "Raise what is wrong with two models, their adapters and the data before anything is computed"
-    from lorasuite.core.adapter import check_fit
-    from lorasuite.core.loading import load_model
-    from lorasuite.stages.added_tokens import with_tokens
-    from lorasuite.stages.pairing import warn_of_base
+    from lorasuite.stages.pairing import check_base
     from lorasuite.training.upgrade import check_prompts
-    base = load_model(new, lazy=not (start and start.tokenizer))
-    if start: check_fit(start, with_tokens(base, start))
-    for worn, model in ((specialist, old), (start, new)):
-        if worn: warn_of_base(worn, model)
-    check_prompts(old, base, labelled, questions, prompts)
+    check_base(specialist, old, new=new)
+    if start: check_base(start, new)
+    return check_prompts(old, new, labelled, questions, prompts, specialist, start)
+
 
 # %% ../nbs/reference/cli.ipynb #refone3
 def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, data, lessons, options) -> dict:
@@ -614,21 +722,25 @@ def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, dat
     questions = _examples(inputs, options.columns, options.split, labelled=False)
     labelled = _examples(data, options.columns, options.split)
     specialist, first = _load_adapter(adapter, options.adapter_name), _load_adapter(start, None)
-    _check_refresh(old, new, specialist, first, labelled, questions, options.prompts)
+    asked = _check_refresh(old, new, specialist, first, labelled, questions, options.prompts)
     shared = dict(options=options, checkpoints=_checkpoints(out), progress=_show_progress())
+    begin = time.perf_counter()
     taught, beside = _taught(old, specialist, questions, lessons, **shared)
+    spent = time.perf_counter() - begin
+    _say(f'{len(taught):,} lessons after {spent:.0f} s')
     student = with_tokens(load_model(new), first)
-    refreshed, run = learn_lessons(student, taught, replace(specialist, base=old), first, labelled, **shared)
+    refreshed, run = learn_lessons(
+        student, taught, replace(specialist, base=old), first, labelled, say=_say, spent=spent, **shared)
     _finish(refreshed, out)
-    counts = dict(inputs=len(questions), answered=len(taught), labelled=len(labelled))
+    counts = dict(prompts=asked, inputs=len(questions), answered=len(taught), labelled=len(labelled))
     return dict(out=str(out), adapter=str(refreshed)) | counts | _costs(run) | beside | _beside_updates(refreshed)
 
 # %% ../nbs/reference/cli.ipynb #refmany2
 def _refresh_many(old:str, names:list[str], new:str, inputs:str, out:Path, as_json:bool, **settings) -> dict:
     "Refresh many adapters"
     from lorasuite.training.refresh_many import refresh_lines, refresh_many
-    report = refresh_many(old, names, new, inputs, out, progress=_show_progress(), **settings)
-    found = report if as_json else dict(facts=refresh_lines(report))
+    report = refresh_many(old, names, new, inputs, out, progress=_show_progress(), say=_say, **settings)
+    found = report if as_json else dict(prompts=report['prompts'], facts=refresh_lines(report))
     return found | dict(failures=_failures(report))
 
 # %% ../nbs/reference/cli.ipynb #0e4372b0
@@ -658,15 +770,15 @@ def refresh_command(
         min=2, help='tokens; longer answers of the specialist are left out')]=64,
     first_line:Annotated[bool, typer.Option(
         '--first-line', help='do answers of the specialist end at a line break?')]=False,
-    epochs:_Epochs=3., steps:_Steps=None, lr:_Rate=3e-4,
-    prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
+    budget:_Budget=None, epochs:_Passes=None, steps:_Steps=None, lr:_Rate=3e-4,
+    prompt:_Prompt=None, chat_template:_Templates=None, thinking:_Thinking=_KEEP,
     columns:_Columns=None, split:_Split='train', seed:_Seed=0, adapter_name:_Which=None, json_:_Json=False,
 ):
     "Teach the new model what an old specialist answers, or many. Interrupted, it resumes when started again."
     from lorasuite.training.refresh_many import RefreshOptions
     many = _is_many(adapters, listed=listed, hub_user=hub_user)
     if many and not (adapters or listed or hub_user): raise ValueError('which adapter? give OLD ADAPTER NEW, or --list')
-    options = RefreshOptions(soft, longest, first_line, epochs, steps, lr, seed, _prompts(
+    options = RefreshOptions(soft, longest, first_line, epochs, steps, _seconds(budget), lr, seed, _prompts(
         prompt, chat_template, thinking, models=2), _renaming(columns), split, adapter_name)
     given = dict(start=start, data=data, lessons=lessons, options=options)
     if not many: return _refresh_one(old, adapters[0], new, inputs, out, **given)
@@ -689,7 +801,7 @@ def evaluate_command(
     if not (data or tasks): raise ValueError('what to evaluate on? give --data FILE, or --tasks NAMES')
     from lorasuite.core.loading import load_model
     from lorasuite.stages.added_tokens import with_tokens
-    from lorasuite.stages.pairing import warn_of_base
+    from lorasuite.stages.pairing import check_base
     from lorasuite.training.evaluate import benchmark, CHAIN_OF_THOUGHT, check_tasks, evaluate, MATCHES
     from lorasuite.training.prompts import Renderer
     if match not in MATCHES: raise ValueError(f'--match {match}: choose one of {", ".join(MATCHES)}')
@@ -699,10 +811,10 @@ def evaluate_command(
     rows = _examples(data, columns, split)
     if names: check_tasks(names)
     worn, report = _load_adapter(adapter, adapter_name), {}
+    if worn: check_base(worn, base)
     decoder = with_tokens(load_model(base), worn)
-    if worn: warn_of_base(worn, base)
     if rows:
-        report = dict(prompt=str(Renderer.of(decoder, prompts)))
+        report = dict(prompt=str(Renderer.of(decoder, prompts, worn)))
         longer = {} if match == 'exact' else CHAIN_OF_THOUGHT
         score = evaluate(decoder, rows, worn, MATCHES[match], prompts, progress=_show_progress(), **longer)
         seconds = round(score.seconds, 1)
@@ -715,7 +827,7 @@ def evaluate_command(
 def upgrade_command(
     old:_Old, new:_New, adapter:_Source, out:_Out, data:_MoreData=None, inputs:_Questions=None, texts:_Texts=None,
     method:_Method='exact', epochs:_Epochs=3., steps:_Steps=None, lr:_Rate=1e-4,
-    prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
+    prompt:_Prompt=None, chat_template:_Templates=None, thinking:_Thinking=_KEEP,
     columns:_Columns=None, split:_Split='train', seed:_Seed=0, adapter_name:_Which=None,
     format:_Format='peft', dtype:_Dtype='base', max_rank:_MaxRank=None, compact:_Compact=False,
     plain_rank:_Plain=None, yes:_Yes=False, json_:_Json=False,
@@ -751,12 +863,10 @@ def _merged(adapter:str, base:str, rank:int|None):
 
 # %% ../nbs/reference/cli.ipynb #baseoffn
 def _base_of(source, adapter:str, base:str|None):
-    "The model of an adapter, without weights; warns where another one is given than it was trained on"
+    "The model of an adapter, without weights"
     from lorasuite.core.loading import load_skeleton
     from lorasuite.stages.added_tokens import with_tokens
-    from lorasuite.stages.pairing import warn_of_base
     if not (base or source.base): raise ValueError(f'{adapter} names no base model: give --base MODEL')
-    if base: warn_of_base(source, base)
     revision = source.source.get('base_revision')
     own = f'{source.base}@{revision}' if revision and '/' in source.base else source.base
     try: return with_tokens(load_skeleton(base or own), source)
@@ -768,18 +878,19 @@ def _base_of(source, adapter:str, base:str|None):
 def _load_for(adapter:str, base:str|None, rank:int|None):
     "An adapter under the names of its base, of another method as a LoRA; raises `ValueError` where they do not fit"
     import inspect
-    from lorasuite.core.adapter import Adapter, check_fit, detect_format, find_format
+    from lorasuite.core.adapter import Adapter, detect_format, find_format
     from lorasuite.core.formats.peft import OtherMethod
     from lorasuite.core.model import model_info
+    from lorasuite.stages.pairing import check_base
     takes_base = 'base' in inspect.signature(find_format(detect_format(adapter)).read).parameters
     try: source = Adapter.load(adapter, **(dict(base=base) if base and takes_base else {}))
     except OtherMethod:
         if not base: raise
         return _merged(adapter, base, rank)
     decoder = _base_of(source, adapter, base)
+    check_base(source, decoder)
     named = source.named_for(model_info(decoder))
     named.base, named.layers = decoder.name, decoder.layers
-    check_fit(named, decoder)
     return named
 
 # %% ../nbs/reference/cli.ipynb #clconv4

@@ -194,7 +194,8 @@ def test_carried_adapter_loads_on_the_new_tiny_model(tmp_path):
     carried.save(tmp_path/'carried')
     assert len(check_loads(tmp_path/'carried', new)) == 2*len(ROLES)*new.layers
     card = (tmp_path/'carried'/'README.md').read_text()
-    assert f'base_model: {new.name}' in card and 'new layers without a partner (updates untrained): 2, 4' in card
+    assert f'base_model: {new.name}' in card
+    assert 'new layers without a partner (updates untrained after the transfer): 2, 4' in card
     for name in ('zoo/old', 'zoo/new'): assert weight_hashes(name)['model.safetensors'] in card
     tuned, _ = finetune(new, [dict(instruction='Who?', output='Ann')]*3, carried, steps=1)
     assert tuned.card.startswith(card) and 'Tuned afterwards on 3 labelled examples' in tuned.card
@@ -429,3 +430,13 @@ def test_a_model_is_left_as_it_was_also_by_what_is_trained_whole(tokenizer):
         assert error(model(ids).logits, before) > .1
     assert logits(decoder, ids).equal(before)
     assert all(a is b for a, b in zip(parts, decoder.model.modules(), strict=True))
+
+def test_an_adapter_says_all_that_it_has():
+    pair, m = (torch.ones(2, 3), torch.ones(4, 2)), torch.ones(4)
+    table, rows = (torch.ones(1, 5), torch.ones(3, 1)), (torch.arange(6), torch.ones(6, 3))
+    whole = Adapter(dict(q=pair), 'base', embeddings=dict(e=table), rows=dict(e=rows), magnitudes=dict(q=m),
+                    biases=dict(q=m), weights={'norm.weight': torch.ones(3)})
+    assert str(whole) == ('Adapter(1 updates of base, rank [1, 2], 1 embeddings, 6 tokens, 4 magnitudes, 1 biases, '
+                          '1 whole weights, 51 numbers)')
+    assert 'besides: 6 tokens, 4 magnitudes, 1 biases, 1 whole weights' in whole._repr_html_()
+    assert str(Adapter(dict(q=pair))) == 'Adapter(1 updates of an unnamed base, rank [2], 14 numbers)'

@@ -393,3 +393,36 @@ def test_examples_of_python(example):
         evaluate(decoder, [dict(answer='Ann') | example])
     with pytest.raises(ValueError, match='example 1: .*(belongs|no list of turns)'):
         finetune(decoder, [dict(output='Ann', answer='Ann') | example], steps=1)
+
+# ---- what a newcomer was told
+
+def test_messages_that_name_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('few.jsonl').write_bytes(row())
+    Path('other.jsonl').write_text('{"question": "Who?", "reply": "Kirk"}')
+    Path('asked.jsonl').write_text('{"messages": [{"role": "user", "content": "Who?"}]}')
+    Path('broken.jinja').write_text('{% for m in messages %}\n{{ m.content }')
+    Path('failing.jinja').write_text('{{ messages[0].a.b }}')
+    Path('alignment').mkdir()
+    asks = ['evaluate', 'zoo/new', '--data']
+    for args, said in [
+        (['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '-o', 'out', '--chat-template', 'x'],
+         'without --data or --inputs: give --data or --inputs too, or leave --chat-template out'),
+        ([*asks, 'asked.jsonl'], 'no turn of the assistant: no answer to learn or to compare with'),
+        ([*asks, 'other.jsonl', '--columns', 'instruction=question'],
+         'its other columns are reply: name it with --columns output=NAME'),
+        ([*asks, 'other.jsonl', '--columns', 'question=instruction'], 'name comes first: give instruction=question'),
+        ([*asks, 'other.jsonl', '--columns', 'instrution=question'], 'instrution is no column that is read'),
+        (['transfer', 'zoo/adapter', 'alignmnet', '-o', 'out'], 'alignment: alignmnet (did you mean alignment?)'),
+        (['transfer', 'zoo/adapter', 'zoo/adapter', 'alignmnet', '-o', 'out'], '/alignment?)'),
+        ([*asks, 'few.jsonl', '--chat-template', 'broken.jinja'], 'broken.jinja, line 2: no chat template in Jinja'),
+        ([*asks, 'few.jsonl', '--chat-template', 'failing.jinja'], '--chat-template failing.jinja: the chat templ'),
+    ]:
+        status, lines = run(*args)
+        assert status == 2 and said in lines[-1], lines
+    assert not Path('out').exists()
+
+def test_the_help_of_chat_templates():
+    def speaks_of_two(command): return 'OLD,NEW' in CliRunner().invoke(app, [command, '--help']).output
+    assert not any(map(speaks_of_two, ('finetune', 'evaluate')))
+    assert all(map(speaks_of_two, ('upgrade', 'refresh', 'inspect', 'transfer')))

@@ -410,6 +410,11 @@ def test_tensors_of_an_alignment(maps, tmp_path, name):
         write(tmp_path, maps[0], found)
         is_refused(tmp_path, field)
 
+@pytest.mark.parametrize('name', ['read', 'write'])
+def test_a_map_of_zeros_is_no_map(maps, tmp_path, name):
+    write(tmp_path, maps[0], maps[1] | {name: torch.zeros_like(maps[1][name])})
+    is_refused(tmp_path, f'{name} has no number but zero): make it with `lorasuite align`')
+
 @pytest.mark.parametrize('name', ['0.partners.heads', '0.maps.k', '3.maps.up_out', '3.maps.down_in'])
 def test_tensors_of_the_published_maps(tmp_path, name):
     align('zoo/old', 'zoo/new', ['Ann keeps a cat.']*5, 'paper').save(tmp_path/'a')
@@ -468,6 +473,47 @@ def test_another_base_is_named_before_any_long_work(tmp_path, monkeypatch):
     result = run('upgrade', 'zoo/stranger', 'zoo/new', 'zoo/adapter', '-o', tmp_path/'out')
     refused(result, 'is 64×192, the weight of zoo/stranger is 96×288')
     assert 'WRONG BASE? the weight files of zoo/stranger' in result.stderr
+    assert result.stderr.startswith('lorasuite: zoo/adapter: ') and result.stderr.rstrip().endswith('give zoo/old')
+
+QUESTIONS = ['--inputs', 'zoo/test.jsonl']
+MISFITS = dict( # command with an adapter of another base: how its message ends
+    upgrade=(['upgrade', 'zoo/new', 'zoo/old', 'zoo/adapter'], 'are OLD and NEW swapped?'),
+    inspect=(['inspect', 'zoo/new', 'zoo/old', 'zoo/adapter'], 'are OLD and NEW swapped?'),
+    refresh=(['refresh', 'zoo/new', 'zoo/adapter', 'zoo/old', *QUESTIONS], 'are OLD and NEW swapped?'),
+    start=(['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--start', 'zoo/adapter', *QUESTIONS], 'give zoo/old'),
+    finetune=(['finetune', 'zoo/new', 'zoo/adapter', '--data', 'zoo/test.jsonl'], 'give zoo/old'),
+    evaluate=(['evaluate', 'zoo/new', '--adapter', 'zoo/adapter', '--data', 'zoo/test.jsonl'], 'give zoo/old'),
+    convert=(['convert', 'zoo/adapter', '--base', 'zoo/new'], 'give zoo/old'))
+
+@pytest.mark.parametrize('name', MISFITS)
+def test_an_adapter_of_another_base(tmp_path, monkeypatch, name):
+    "One line names the adapter, the module, the sizes and the base to give; no weight is read"
+    monkeypatch.setattr('lorasuite.core.loading.load_model', lambda *args, **kwargs: pytest.fail('it read weights'))
+    args, end = MISFITS[name]
+    result = run(*args, *(() if args[0] in ('inspect', 'evaluate') else ('-o', tmp_path/'out')))
+    line = refused(result, 'the weight of zoo/new is 96×288')
+    assert line.startswith('lorasuite: zoo/adapter: ') and line.endswith(end), line
+    assert 'layers.0.mlp.down_proj is 64×192' in line and 'WRONG BASE? the weight files of zoo/new' in line
+    assert 'warning' not in result.stderr and not [*tmp_path.iterdir()]
+
+def test_many_of_another_base(tmp_path, monkeypatch):
+    monkeypatch.setattr('lorasuite.training.refresh_many.load_model', lambda *args: pytest.fail('it read weights'))
+    for name in ('a', 'b'): shutil.copytree(ZOO/'adapter', tmp_path/name)
+    args = ['refresh', 'zoo/new', tmp_path/'a', tmp_path/'b', 'zoo/old', *QUESTIONS, '-o', tmp_path/'out', '--json']
+    rows = json.loads(run(*args).stdout)['adapters']
+    for row in rows: assert row['error'].startswith(row['adapter']) and row['error'].endswith('OLD and NEW swapped?')
+
+def test_a_base_that_only_its_name_or_shapes_betray(tmp_path):
+    "Without hashes the new model tells by its shapes; where all fits, there is one warning"
+    (tmp_path/'few.jsonl').write_text(''.join((ZOO/'test.jsonl').read_text().splitlines(keepends=True)[:3]))
+    shutil.copytree(ZOO/'adapter', tmp_path/'adapter')
+    edit(SETTINGS, base_model_name_or_path='org/unknown')(tmp_path/'adapter')
+    line = refused(run('inspect', 'zoo/new', 'zoo/old', tmp_path/'adapter'), 'which may be another model than zoo/new')
+    assert line.endswith('are OLD and NEW swapped?')
+    line = refused(run('inspect', 'zoo/new', 'zoo/stranger', tmp_path/'adapter'), 'give org/unknown')
+    result = run('evaluate', 'zoo/old', '--adapter', tmp_path/'adapter', '--data', tmp_path/'few.jsonl')
+    assert result.exit_code == 0 and result.stderr.count('warning: ') == 1
+    assert 'trained on org/unknown, which may be another model than zoo/old' in result.stderr
 
 @pytest.mark.parametrize('name', ['config.json', SETTINGS, 'tokenizer.json'])
 def test_a_pipe_in_a_directory_is_not_waited_for(tmp_path, name):

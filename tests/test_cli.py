@@ -1,5 +1,5 @@
 """The command line, end to end, on the models that the package ships"""
-import json, os, pty, subprocess, sys, time
+import json, os, pty, re, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -132,7 +132,25 @@ def test_inspect(hundred):
 
 def test_text_output(alignment):
     result = run('evaluate', 'zoo/old', '--data', ZOO/'validation.jsonl', '--adapter', 'zoo/adapter')
-    assert result.exit_code == 0 and 'accuracy: ' in result.stdout
+    assert result.exit_code == 0 and re.search(r'^accuracy: \d+\.\d% \(95% interval \d+–\d+%\)$', result.stdout, re.M)
+    assert not re.search(r'[\[{]\d|\d\.\d{5}', result.stdout)
+
+def test_results_are_for_people(tmp_path):
+    "No tuple, dict or number of ten digits; `--json` keeps them"
+    align = ['align', 'zoo/old', 'zoo/new']
+    lines = run(*align, '-o', tmp_path/'maps').stdout.splitlines()
+    assert 'layers: 0→0, 1→1, 2→3, 3→5' in lines
+    assert lines[-1] == 'fit of the transfer matrix: shared tokens 512, R² 0.998, condition 3.2'
+    few = tmp_path/'few.jsonl'
+    few.write_text(''.join((ZOO/'train.jsonl').read_text().splitlines(keepends=True)[:4]))
+    args = ['finetune', 'zoo/new', '--data', few, '--steps', 2]
+    said = run(*args, '-o', tmp_path/'tuned').stdout
+    for pattern in (r'adapter: 42 updates of zoo/new, rank 8, 92,160 numbers', r'loss: \d\.\d\d?',
+                    r'seconds: \d+\.\d s', r'trained parameters: 92,160', r'peak memory: (\d+ MB|\d+\.\d GB)'):
+        assert re.search(f'^{pattern}$', said, re.M), said
+    raw = report(*args, '-o', tmp_path/'again')
+    assert raw['adapter'].startswith('Adapter(42 updates') and isinstance(raw['peak_bytes'], int)
+    assert len(str(raw['loss'])) > 6 and raw['trained'] == 92_160
 
 def test_bad_input(work, carried, alignment, hundred):
     broken, nowhere, out = work/'broken.jsonl', work/'nowhere', work/'out'

@@ -1,5 +1,5 @@
 """Files for other programs: one rank for all modules, shorter numbers, mlx-lm's and llama.cpp's formats"""
-import copy, json
+import copy, json, shutil
 from dataclasses import replace
 import pytest, torch
 from models import error, logits, only, random_adapter, random_decoder, tokens
@@ -15,6 +15,8 @@ from lorasuite.core.formats import peft
 from lorasuite.core.loading import load_model
 from lorasuite.core.ranks import base_dtype, relative_errors, round_to, shrink, truncate
 from lorasuite.stages.alignment import align
+from lorasuite.stages.card import tuned_card
+from lorasuite.stages.pairing import base_doubt
 from lorasuite.stages.transfer import transfer
 
 FILE, CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
@@ -325,10 +327,33 @@ def test_convert_there_and_back(specialist, tmp_path):
     assert settings(tmp_path/'more')['r'] == 3 and base_dtype('zoo/old') == torch.float16
     assert {t.dtype for t in load_file(tmp_path/'more'/FILE).values()} == {torch.float16}
 
+@pytest.mark.parametrize('format', ['mlx', 'gguf'])
+def test_the_card_goes_there_and_back(tmp_path, format):
+    "With the hash of the base in it, so that another base is noticed by its weights, and a chat template"
+    pytest.importorskip('gguf')
+    base = tmp_path/'base'
+    shutil.copytree(data_dir()/'zoo'/'old', base)
+    source = replace(Adapter.load('zoo/adapter'), base=str(base), chat_template='{{ messages[0].content }}\n')
+    source.card = tuned_card(Adapter({}), str(base), 'Tuned by hand.')
+    source.save(tmp_path/'a')
+    for there, back in (('a', format), (format, 'peft')):
+        done = run('convert', tmp_path/there, '-o', tmp_path/back, '--format', back, '--dtype', 'float32', '--json')
+        assert done.exit_code == 0, done.output
+    found = Adapter.load(tmp_path/format)
+    assert found.card == source.card.replace('library_name: peft', f'library_name: {format}')
+    assert found.source['sha256'] and f'library_name: {format}' in (tmp_path/format/'README.md').read_text()
+    again = Adapter.load(tmp_path/'peft')
+    assert again.card == source.card and again.chat_template == found.chat_template == source.chat_template
+    assert (tmp_path/'peft'/'chat_template.jinja').read_text() == source.chat_template
+    assert base_doubt(found, str(base)) is None
+    weights = base/'model.safetensors'
+    save_file({key: t + 1 for key, t in load_file(weights).items()}, weights)
+    for adapter in (found, again): assert 'WRONG BASE?' in base_doubt(adapter, str(base))
+
 WRONG = [(['--format', 'gif'], "no format 'gif'"), (['--dtype', 'int8'], 'choose one of base, float32'),
          (['--format', 'mlx', '--compact'], 'files of the format mlx have one rank'),
          (['--max-rank', '0'], 'greater than or equal'),
-         (['--base', 'zoo/new'], 'was the adapter trained on another model')]
+         (['--base', 'zoo/new'], 'this is another model. WRONG BASE?')]
 
 @pytest.mark.parametrize('options, message', WRONG)
 def test_convert_refuses(tmp_path, options, message):

@@ -112,6 +112,14 @@ def test_processes(work, tmp_path):
     assert again.exit_code == 1 and '1 carried, 2 kept, 1 failed' in again.stdout
     assert before.items() <= results(tmp_path/'out').items()
 
+def test_the_error_of_cut_ranks_is_in_the_table(here, work, tmp_path):
+    names = copies(tmp_path/'in', 1) + [str(tmp_path/'gone')]
+    report = transfer_many(names, work/'alignment', tmp_path/'out', Options(max_rank=4))
+    head, first, second, _ = many.report_lines(report)
+    at, error = head.index('rank error'), report['adapters'][0]['rank_error']
+    assert .05 < error < 1 and first[at:].startswith(f'{error:.2%} ') and second[at:].startswith(' ')
+    assert 'rank error' not in many.report_lines(transfer_many(names, work/'alignment', tmp_path/'whole'))[0]
+
 def test_what_is_done_again(here, work, tmp_path):
     "Only what is missing, incomplete, or was made from another adapter; results of other options stay"
     names, out, al = copies(tmp_path/'in', 2), tmp_path/'out', work/'alignment'

@@ -290,7 +290,11 @@ def cut(monkeypatch, command, saves=2):
         if len(count) == saves: raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(LightTrainer, '_save_checkpoint', saving)
-        assert run(*command).exit_code == 130
+        stopped = run(*command)
+    out = command[command.index('-o') + 1]
+    assert stopped.exit_code == 130 and stopped.stderr.splitlines()[-1] == (
+        'lorasuite: interrupted; start the same command again to resume '
+        f'(checkpoints in {out.with_name(f".{out.name}-checkpoints")})')
 
 @pytest.fixture
 def interrupted(work, tmp_path, monkeypatch):
@@ -304,14 +308,15 @@ def interrupted(work, tmp_path, monkeypatch):
 
 def test_another_run_does_not_resume(work, tmp_path, interrupted):
     command, _ = interrupted
-    for more, message in ((['--steps', 20], 'another steps (10, now 20)'), (['--lr', 1e-4], 'another lr (0.001, now'),
-                          (['--seed', 1], 'another seed (0, now 1)'), (['--whole'], 'another data'),
-                          (['--schedule', 'cosine'], 'another lr_scheduler_type (linear, now cosine)')):
+    for more, message in ((['--steps', 20], 'steps (10, now 20)'), (['--lr', 1e-4], 'lr (0.001, now'),
+                          (['--seed', 1], 'seed (0, now 1)'), (['--whole'], 'the data: '),
+                          (['--schedule', 'cosine'], 'lr_scheduler_type (linear, now cosine)')):
         result = run(*command, tmp_path/'out', *more)
-        assert result.exit_code == 2 and f'interrupted run with {message}' in result.stderr, result.output
+        assert result.exit_code == 2, result.output
+        assert f'interrupted run that differs from this one in {message}' in result.stderr
     change(tmp_path/'base')
     result = run(*command, tmp_path/'out')
-    assert result.exit_code == 2 and 'interrupted run with another base model: ' in result.stderr
+    assert result.exit_code == 2 and 'differs from this one in the base model: ' in result.stderr
     kept = sorted(p.name for p in (tmp_path/'.out-checkpoints').glob('checkpoint-*'))
     assert kept == ['checkpoint-2', 'checkpoint-4']
 
@@ -322,6 +327,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, interrupted):
     (tmp_path/'.out-checkpoints'/'checkpoint-6').mkdir() # was never complete
     resumed = run(*command, tmp_path/'out')
     assert resumed.exit_code == 0 and 'checkpoint-4 is damaged: the run goes on from' in resumed.stderr
+    assert resumed.stderr.splitlines().count('resumed at step 2') == 1
     assert json.loads(resumed.stdout)['loss'] == whole['loss']
     a, b = (load_file(tmp_path/name/'adapter_model.safetensors') for name in ('whole', 'out'))
     assert all(a[k].equal(b[k]) for k in a)
@@ -389,4 +395,4 @@ def test_the_card_of_a_refresh_names_the_specialist(work, tmp_path):
 def test_another_method_is_said_as_such(work, tmp_path):
     from lorasuite.training.trainer import _differences
     said = _differences(['base model', 'start', 'method'], dict(method='a'), {})
-    assert said == 'method (a, now none)'
+    assert said == 'the method (a, now none)'

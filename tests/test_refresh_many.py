@@ -1,5 +1,5 @@
 "Many specialists teach one new model: what belongs to whom, no trace of one in the next, runs that go on"
-import functools, json, shutil, subprocess, sys, time
+import functools, json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
@@ -164,13 +164,17 @@ def test_an_interrupted_run_goes_on(work, done, tmp_path, monkeypatch):
         return step(self, *args, **kwargs)
     monkeypatch.setattr(LightTrainer, 'training_step', count)
     stopped = run(*command(work, tmp_path/'out'))
-    assert stopped.exit_code == 130 and 'interrupted' in stopped.stderr
+    assert stopped.exit_code == 130 and stopped.stderr.splitlines()[-1] == (
+        'lorasuite: interrupted; start the same command again to do what is left '
+        f'(what is done stays in {tmp_path}/out)')
     assert {p.name for p in (tmp_path/'out').iterdir()} == {'facts', '.laws-checkpoints', '.claims'}
     del steps[:]
     monkeypatch.setattr(LightTrainer, 'training_step', lambda *a, **k: steps.append(1) or step(*a, **k))
     answer, asked = teaching.pseudo_label, []
     monkeypatch.setattr(teaching, 'pseudo_label', lambda *a, **k: asked.append(1) or answer(*a, **k))
-    again = json.loads(run(*command(work, tmp_path/'out'), '--json').stdout)
+    resumed = run(*command(work, tmp_path/'out'), '--json')
+    again = json.loads(resumed.stdout)
+    assert sum(line.startswith('resumed at step ') for line in resumed.stderr.splitlines()) == 1
     assert counts(again) == (2, 1, 0) and len(steps) == 2 + STEPS and len(asked) == 1
     for name in NAMES: assert result(tmp_path/'out'/name) == result(work/'out'/name)
     assert {p.name for p in (tmp_path/'out').iterdir()} == {*NAMES, '.claims', 'report.json'}
@@ -178,7 +182,8 @@ def test_an_interrupted_run_goes_on(work, done, tmp_path, monkeypatch):
 def test_a_killed_run_goes_on(work, done, tmp_path):
     out = tmp_path/'out'
     args = [sys.executable, '-m', 'lorasuite.cli', *map(str, command(work, out))]
-    running = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    one_thread = os.environ | dict(OMP_NUM_THREADS='1') # as here: other numbers of threads round otherwise
+    running = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
     end = time.monotonic() + 120
     while not (out/'facts').exists():
         assert time.monotonic() < end and running.poll() is None
@@ -267,6 +272,19 @@ def test_the_report_for_people(done):
     assert lines[0].split() == 'adapter status inputs lessons steps loss first last seconds error'.split()
     assert lines[1].split()[1:5] == ['refreshed', '12', '12', str(STEPS)]
     assert '3 refreshed, 0 kept, 0 failed' in lines[-1]
+
+def test_how_models_are_asked_is_said(work, tmp_path):
+    "Of both models, in one line where they are asked alike; and how each file was read, once"
+    two = [work/'adapters'/name for name in NAMES[:2]]
+    args = ['refresh', 'zoo/old', *two, 'zoo/new-far', '--inputs', work/'all.jsonl', '--steps', 1]
+    (tmp_path/'chat.jinja').write_text('{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:')
+    said = run(*args, '-o', tmp_path/'out', '--chat-template', f',{tmp_path}/chat.jinja')
+    lines = said.stdout.splitlines()
+    assert lines[0].startswith('prompt of the old model: plain')
+    assert lines[1].startswith('prompt of the new model: given')
+    assert sum(' examples, read from instruction' in line for line in said.stderr.splitlines()) == 1
+    single = run('refresh', 'zoo/old', two[0], *args[4:], '-o', tmp_path/'a')
+    assert sum(line.startswith('prompt: plain prompt ') for line in single.stdout.splitlines()) == 1
 
 def test_settings_are_checked():
     for name, value in (('soft', 2), ('steps', -1), ('lr', float('nan')), ('longest', 1)):

@@ -254,6 +254,14 @@ def test_names_and_rows_of_torchtune(tokenizer, tmp_path, family, heads):
     check_same(found, right)
     if family == 'phi3': assert len(found.named_for(align(base, base, FEW).old).updates) == 8
     else: assert error(logits(base, tokens(), found), true) <= 1e-5
+    tensors = torch.load(tmp_path/'a'/'adapter_model.pt')
+    (tmp_path/'b').mkdir()
+    shutil.copy(tmp_path/'a'/SETTINGS, tmp_path/'b')
+    torch.save(tensors, tmp_path/'b'/'adapter_model.bin')
+    with refused('is a name as torchtune has it: rename the file to adapter_model.pt'): Adapter.load(tmp_path/'b')
+    (tmp_path/'b'/'adapter_model.bin').rename(tmp_path/'b'/'adapter_0.pt')
+    base.model.config.save_pretrained(tmp_path/'b')
+    check_same(Adapter.load(tmp_path/'b'), right)
     (tmp_path/'a'/'config.json').unlink()
     with refused('depends on the model, .* lorasuite convert .* --base MODEL'): Adapter.load(tmp_path/'a')
     (tmp_path/'a'/SETTINGS).unlink()

@@ -24,7 +24,7 @@ def requirements(key):
     return [re.split(r'[<>=;]', r)[0].replace('-', '_') for r in cfg.get(key, '').split()]
 
 SETTINGS = 'requirements', 'eval_requirements', 'cuda_requirements', 'ray_requirements'
-ALONG = 'IPython', 'huggingface_hub', 'numpy', 'pandas', 'tokenizers' # come with the requirements, or with Jupyter
+ALONG = 'IPython', 'huggingface_hub', 'jinja2', 'numpy', 'pandas', 'tokenizers' # come with the others, or with Jupyter
 AVAILABLE = {cfg.lib_name, *ALONG, *sys.stdlib_module_names, *(name for key in SETTINGS for name in requirements(key))}
 
 def imported(cell):

@@ -120,6 +120,7 @@ class Adapter:
     biases:dict[str, Tensor]=field(default_factory=dict) # path: (out,) what `lora_bias` adds to the output of a module
     tokenizer:Callable[[], PreTrainedTokenizerBase]|None=None # reads that beside an adapter of embeddings
     added_tokens:Callable[[], dict[str, int]]|None=None # reads those of the tokenizer beside any adapter: token: id
+    chat_template:str='' # that it was trained with, where that is not its base's own
 
     @checked()
     def delta(self, path:str) -> Tensor: # (out, in)
@@ -199,11 +200,33 @@ class Adapter:
             with attach(decoder, lambda: _load_onto(decoder.model, adapter, trainable)) as model: yield model
 
     def __repr__(self):
-        ranks = sorted({len(A) for A, _ in self.updates.values()})
-        numbers = sum(A.numel() + B.numel() for A, B in self.updates.values())
+        ranks = sorted({len(A) for A, _ in (self.updates | self.embeddings).values()})
+        more = ''.join(f', {count:,} {name}' for name, count in _beside_updates(self).items())
         base = self.base or 'an unnamed base'
-        return f'Adapter({len(self.updates)} updates of {base}, rank {ranks}, {numbers:,} numbers)'
+        return f'Adapter({len(self.updates)} updates of {base}, rank {ranks}{more}, {_numbers(self):,} numbers)'
     def _repr_html_(self): return _summary_html(self)
+
+# %% ../../nbs/course/02_adapter.ipynb #besideupd
+def _beside_updates(
+    adapter:Adapter, # any adapter
+) -> dict[str, int]: # what: how many, where there are any
+    "What an adapter has besides the updates of modules"
+    found = dict(embeddings=len(adapter.embeddings), tokens=sum(len(ids) for ids, _ in adapter.rows.values()),
+                 magnitudes=sum(m.numel() for m in adapter.magnitudes.values()), biases=len(adapter.biases))
+    found['whole weights'] = len(adapter.weights)
+    return {name: count for name, count in found.items() if count}
+
+
+# %% ../../nbs/course/02_adapter.ipynb #numbersfn
+def _numbers(
+    adapter:Adapter, # any adapter
+) -> int:
+    "How many numbers an adapter consists of"
+    pairs = [t for pair in (adapter.updates | adapter.embeddings).values() for t in pair]
+    rows = [rows for _, rows in adapter.rows.values()]
+    others = [*adapter.magnitudes.values(), *adapter.biases.values(), *adapter.weights.values()]
+    return sum(t.numel() for t in pairs + rows + others)
+
 
 # %% ../../nbs/course/02_adapter.ipynb #24187c9e
 def _pair(
@@ -285,10 +308,12 @@ def _summary_html(
     modules = [(name, len(found), ', '.join(map(str, sorted({*found}))), f'{shares[name]:.0%}')
                for name, found in ranks.items()]
     layers = _norm_shares(adapter, _layer_name)
+    more = ', '.join(f'{count:,} {name}' for name, count in _beside_updates(adapter).items() if name != 'embeddings')
+    more = f'<p>besides: {more}</p>' if more else ''
     left_out = f'<p>left out: {escape(", ".join(adapter.skipped))}</p>' if adapter.skipped else ''
     return (f'<p>LoRA adapter of <code>{escape(adapter.base or "an unnamed base")}</code></p>'
             + _html_table(('module', 'updates', 'rank', 'share of ‖ΔW‖²'), *modules)
-            + _html_table(layers, [f'{share:.0%}' for share in layers.values()]) + left_out)
+            + _html_table(layers, [f'{share:.0%}' for share in layers.values()]) + more + left_out)
 
 # %% ../../nbs/course/02_adapter.ipynb #9885a7a2
 @checked()

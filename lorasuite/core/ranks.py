@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'EMPTY_CARD', 'pad_rank', 'largest_rank', 'strip_zeros', 'fit_rank', 'strip_adapter', 'named_strictly',
-           'relative_errors', 'truncate', 'round_to', 'base_dtype', 'shrink', 'check_writing']
+           'relative_errors', 'truncate', 'round_to', 'base_dtype', 'shrink', 'named_card', 'write_beside',
+           'check_writing']
 
 # %% ../../nbs/reference/ranks.ipynb #rk000005
-import os, warnings
+import os, re, warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -218,6 +219,28 @@ def shrink(
         errors[name], each = relative_errors(before, adapter, dense)
         if errors[name]: adapter.card = (adapter.card or EMPTY_CARD) + _error_line(what, errors[name], each)
     return adapter, errors
+
+# %% ../../nbs/reference/ranks.ipynb #rkbes002
+@checked()
+def named_card(
+    card:str,       # text of a model card; may be empty
+    library:str,    # that reads the adapter: `peft`, `mlx` or `gguf`
+) -> str:
+    "A card that names the library of a format in its head"
+    return re.sub(r'\A(---\n(?:.*\n)*?library_name: )(?:peft|mlx|gguf)\n', rf'\g<1>{library}\n', card or EMPTY_CARD)
+
+
+# %% ../../nbs/reference/ranks.ipynb #rkbes004
+@checked()
+def write_beside(
+    adapter:Adapter,    # what is written
+    folder:Path,        # with its factors
+    library:str,        # that reads the adapter: `peft`, `mlx` or `gguf`
+):
+    "Write README.md and, where the adapter has a chat template, chat_template.jinja"
+    (folder/'README.md').write_text(named_card(adapter.card, library), encoding='utf-8')
+    if adapter.chat_template: (folder/'chat_template.jinja').write_text(adapter.chat_template, encoding='utf-8')
+
 
 # %% ../../nbs/reference/ranks.ipynb #rkcheckfn
 @checked()

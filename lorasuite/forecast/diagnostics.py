@@ -19,7 +19,7 @@ from ..stages.head_mapping import head_rows, head_similarity
 from ..stages.layer_mapping import mean_on_pairs
 from ..stages.transfer import transfer
 from ..training.evaluate import evaluate
-from ..training.prompts import ask_all, Prompts, prompts_of_both, Renderer, with_answer
+from ..training.prompts import ask_all, Prompts, Renderer, renderers_of_both, with_answer
 from ..training.refit import agreement
 
 # %% ../../nbs/reference/diagnostics.ipynb #6dde6fff
@@ -73,7 +73,8 @@ def diagnose(
     prompts:Prompts|tuple|None=None, # how both models are asked, or a pair; by default as each is made for
 ) -> dict[str, float]: # as `relatedness`, and `agreement_carried`, `agreement_base` and maybe `agreement_copy`
     "What can be known of an upgrade before any training, without a label"
-    questions, (first, second) = [e | dict(answer='') for e in inputs], prompts_of_both(prompts)
+    questions = [e | dict(answer='') for e in inputs]
+    first, second = (renderer.prompts for renderer in renderers_of_both(old, new, prompts, adapter))
     taught = evaluate(old, questions, adapter, prompts=first).answers
     found = relatedness(old, new, alignment)
     for name, candidate in _candidates(old, new, alignment, adapter).items():
@@ -121,10 +122,10 @@ def compare_forms(
     prompts:Prompts|None=None, # how the old model is asked; by default as it is made for
 ) -> dict[str, dict[str, float]]: # form, the chosen one first: `prompts_base`, `prompts`, `answers` in nats per token
     "How at home a specialist is in the form that it is asked in, and in the other one that the model has"
-    chosen, questions = Renderer.of(old, prompts), [*inputs][:32]
+    chosen, questions = Renderer.of(old, prompts, adapter), [*inputs][:32]
     found = {str(chosen): _form_losses(old, adapter, questions, chosen)}
-    if not (chosen.template or old.tokenizer.chat_template): return found
-    other = Renderer.of(old, Prompts('qa' if chosen.template else 'chat'))
+    if not (chosen.template or old.tokenizer.chat_template or adapter.chat_template): return found
+    other = Renderer.of(old, Prompts('qa' if chosen.template else 'chat'), adapter)
     try: return found | {str(other): _form_losses(old, adapter, questions, other)}
     except ValueError: return found
 

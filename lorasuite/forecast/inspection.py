@@ -6,7 +6,7 @@
 __all__ = ['expected_pairs', 'preview_transfer', 'text_report', 'InspectReport', 'inspect']
 
 # %% ../../nbs/reference/inspection.ipynb #69226c0b
-import json, os, textwrap, warnings
+import os, textwrap, warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from ..core.adapter import Adapter, update_energy
 from ..core.architecture import role_order
-from ..core.files import read_utf8, resolve
+from ..core.containers import read_beside
+from ..core.files import resolve
 from ..core.loading import load_model, load_skeleton, stored_weights
 from ..core.model import BlockInfo, Decoder, model_info, ModelInfo
 from ..core.names import shortened
@@ -30,7 +31,7 @@ from ..stages.embeddings import check_tokens, unsupported_embeddings
 from ..stages.layer_mapping import alike_layers, feed_forward_kinds, feed_forward_map, feed_forward_space
 from ..stages.layer_mapping import layer_map
 from ..stages.mixers import is_inner
-from ..stages.pairing import base_doubt
+from ..stages.pairing import naming_base, pair_doubt
 from ..stages.transfer import energy_share, split_by_role
 from ..stages.whole_weights import expected_updates
 
@@ -446,11 +447,9 @@ def _form_notes(
     own:str|None,   # chat template that its base is asked through; `None` for a plain prompt
 ) -> list[str]:
     "What the files beside an adapter say against the form that it will be asked in"
-    def read(name): return read_utf8(folder/name) if (folder/name).is_file() else ''
-    try: brought = read('chat_template.jinja') or json.loads(read('tokenizer_config.json') or '{}').get('chat_template')
-    except (ValueError, AttributeError): brought = None
-    readme = read('README.md')
-    if isinstance(brought, str) and brought.strip() and brought != own:
+    beside = read_beside(folder)
+    readme, brought = beside['card'], beside['chat_template']
+    if brought and brought != own:
         return ['the adapter brings a chat template that is not the one it will be asked with: see --chat-template']
     if not own and any(word in readme for word in _CHAT_WORDS):
         return ['the README of the adapter speaks of chats, but the old model has no template: see --chat-template']
@@ -466,8 +465,8 @@ def _asked_forms(
     prompts,                            # how both models are asked, as `Prompts` or a pair of them
 ) -> dict: # `old` and `new`: `form` and `first` prompt; `notes`
     "How both models will be asked; raises `ValueError` for a question that does not fit"
-    from lorasuite.training.prompts import prompts_of_both, Renderer
-    both = [Renderer.of(d, p) for d, p in zip((old, new), prompts_of_both(prompts))]
+    from lorasuite.training.prompts import renderers_of_both
+    both = renderers_of_both(old, new, prompts, adapter)
     shown = {side: dict(form=str(r), first=r.text(inputs[0])) for side, r in zip(('old', 'new'), both)}
     source = adapter.source.get('name') if adapter else None
     folder, template = Path(resolve(source) if source else '/nowhere'), both[0].template
@@ -534,8 +533,8 @@ def inspect(
     report = dict(old=a.name, new=b.name, sizes=sizes, shared_tokens=shared, notes=_limits(a, b, shared))
     adapter = adapter if isinstance(adapter, Adapter) or not adapter else Adapter.load(adapter)
     if adapter:
-        report['adapter'] = preview_transfer(adapter, a, b)
-        report['warning'] = base_doubt(adapter, old)
+        with naming_base(adapter, a, b): report['adapter'] = preview_transfer(adapter, a, b)
+        report['warning'] = pair_doubt(adapter, a, b)
     found = report.get('adapter', dict(skipped={}, energy_range=(1, 1)))
     report['exact'] = not report['notes'] and not found['skipped'] and found['energy_range'][1] > .9995
     if inputs: report['prompts'] = _asked_forms(a, b, adapter, inputs, prompts)

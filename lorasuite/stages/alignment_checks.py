@@ -257,5 +257,7 @@ def check_alignment(
     _check_shape('read', alignment.read, old.hidden, new.hidden)
     _check_shape('write', alignment.write, new.hidden, old.hidden)
     _check_shape('cka', alignment.cka, old.layers, new.layers)
+    for name in ('read', 'write'):
+        if not getattr(alignment, name).any(): raise ValueError(f'{name} has no number but zero')
     _check_embeddings(alignment)
     _check_blocks(alignment)

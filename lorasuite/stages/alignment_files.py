@@ -14,7 +14,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
-from ..core.files import atomic_directory, writing
+from ..core.files import atomic_directory, did_you_mean, writing
 from ..core.model import ModelInfo
 from ..core.settings import checked
 from ..core.streaming import exact_dtype
@@ -30,7 +30,6 @@ def _checksum(
     found.update(maps)
     return found.hexdigest()
 
-
 # %% ../../nbs/reference/alignment_files.ipynb #c9bec774
 def _smallest(
     t:Tensor, # any
@@ -42,7 +41,6 @@ def _smallest(
     low, high = (t.min().item(), t.max().item()) if t.numel() else (0, 0)
     fits = lambda kind: torch.iinfo(kind).min <= low and high <= torch.iinfo(kind).max
     return t.to(next(kind for kind in (torch.int8, torch.int16, torch.int32, torch.int64) if fits(kind)))
-
 
 # %% ../../nbs/reference/alignment_files.ipynb #repeatsfn
 def _repeats(
@@ -78,7 +76,6 @@ def _grouped_tensors(
         t = t.to((dtype if part.isdigit() else torch.float64) if t.is_floating_point() else torch.int64)
         found.setdefault(part, {})[rest] = t.expand(repeats[name], *t.shape[1:]) if name in repeats else t
     return found
-
 
 # %% ../../nbs/reference/alignment_files.ipynb #3f75bdce
 _FORMAT = 4 # of what this version writes
@@ -207,10 +204,12 @@ def _check_format(
 def read_alignment(
     path:str|os.PathLike, # directory that `write_alignment` made
 ) -> dict: # the fields of an `Alignment`
-    "Read an alignment; raises `ValueError` when `path` holds none, a damaged one, or one of a later version"
+    "Read an alignment; raises `OSError` or `ValueError` for none, a damaged one, or one of a later version"
     from lorasuite.stages.alignment import Alignment
     from lorasuite.stages.alignment_checks import check_alignment
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f'no such alignment: {path}{did_you_mean(path)}: make it with `lorasuite align`')
     _check_format(path)
     try:
         found = _read_files(path)

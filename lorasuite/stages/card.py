@@ -27,7 +27,7 @@ def _unmatched_layers(
     alignment:Alignment, # of two models
 ) -> Iterator[tuple[str, str]]: # what, which
     "Layers of either model that have no partner"
-    sides = (('old', alignment.old, 'updates left out'), ('new', alignment.new, 'updates untrained'))
+    sides = (('old', alignment.old, 'updates left out'), ('new', alignment.new, 'updates untrained after the transfer'))
     for i, (side, model, fate) in enumerate(sides):
         alone = sorted({*range(model.layers)} - {pair[i] for pair in alignment.layers + alignment.feed_forward})
         yield f'{side} layers without a partner ({fate})', ', '.join(map(str, alone)) or 'none'
@@ -168,7 +168,7 @@ def model_card(
                  alignment=alignment_checksum(alignment))
     lines = ''.join(f'- {line}\n' for line in _card_lines(adapter, carried, alignment, share))
     return (f'{head}# A LoRA adapter carried from {code_span(old)} to {code_span(new)}\n\nCarried by lorasuite, '
-            f'method `{alignment.method}`, from {count} updates, without any label.\n\n{lines}')
+            f'method `{alignment.method}`, from {count} updates; the transfer itself used no label.\n\n{lines}')
 
 # %% ../../nbs/reference/card.ipynb #01877ce2
 def _is_blank(

@@ -28,7 +28,7 @@ from ..core.loading import load_model
 from ..core.names import printable
 from ..core.ranks import base_dtype, check_writing, DTYPES, shrink
 from ..core.settings import checked
-from .added_tokens import add_tokens, take_tokens
+from .added_tokens import add_tokens, keep_template, take_tokens
 from .alignment import Alignment
 from .alignment_files import alignment_checksum
 from .card import skipped_by_reason
@@ -135,7 +135,7 @@ def carry_whole(
     old, new = alignment.old.name, alignment.new.name
     adapter, tokens = take_tokens(adapter, old, new)
     if adapter.weights: adapter = weights_to_updates(adapter, load_model(old))
-    carried = transfer(adapter, alignment, plain_rank)
+    carried = keep_template(transfer(adapter, alignment, plain_rank), adapter, new)
     return add_tokens(carried, tokens, alignment, new) if tokens else carried
 
 # %% ../../nbs/reference/many.ipynb #manyjobfn
@@ -607,18 +607,25 @@ def transfer_many(
                            options=asdict(options), seconds=round(time.perf_counter() - start, 1))
 
 # %% ../../nbs/reference/many.ipynb #manytablefn
-_HEAD = ('adapter', 'status', 'carried', 'skipped', 'energy kept', 'seconds', 'error')
+def _head(
+    cut:bool, # is the error of cut ranks told?
+) -> tuple[str, ...]:
+    "The columns of the table"
+    return 'adapter', 'status', 'carried', 'skipped', 'energy kept', *['rank error']*cut, 'seconds', 'error'
+
 
 # %% ../../nbs/reference/many.ipynb #manytablefn1
 def _cells(
-    row:dict, # line of a report
-) -> tuple[str, ...]: # as many as `_HEAD`
+    row:dict,       # line of a report
+    cut:bool=False, # is the error of cut ranks told?
+) -> tuple[str, ...]: # as many as `_head` has
     "A line of a report for people"
     skipped = sum(map(len, row.get('skipped', {}).values()))
     energy = '' if row.get('energy') is None else f'{row["energy"]:.1%}'
     counts = (str(row['carried']), str(skipped)) if 'carried' in row else ('', '')
+    error = [f'{row["rank_error"]:.2%}' if 'rank_error' in row else '']*cut
     seconds = '' if row['seconds'] is None else f'{row["seconds"]:.2f}'
-    return row['adapter'], row['status'], *counts, energy, seconds, printable(row.get('error', ''), 160)
+    return row['adapter'], row['status'], *counts, energy, *error, seconds, printable(row.get('error', ''), 160)
 
 # %% ../../nbs/reference/many.ipynb #manytablefn2
 @checked()
@@ -643,4 +650,5 @@ def report_lines(
     report:dict, # of `transfer_many`
 ) -> list[str]:
     "The report as a table"
-    return report_table(report, _HEAD, _cells, 'carried')
+    cut = any('rank_error' in row for row in report['adapters'])
+    return report_table(report, _head(cut), functools.partial(_cells, cut=cut), 'carried')

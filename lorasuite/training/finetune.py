@@ -14,8 +14,8 @@ from peft import get_peft_model, LoraConfig
 from ..core.adapter import Adapter, attach
 from ..core.experts import weight_names
 from ..core.model import Decoder
-from ..stages.card import code_span, tuned_card
-from .prompts import encode_all, Prompts, Renderer
+from ..stages.card import tuned_card
+from .prompts import asked_line, encode_all, Prompts, Renderer
 from ..core.settings import checked
 from .trainer import fit, Run
 
@@ -41,11 +41,11 @@ def _tuning_line(
     examples:int,   # how many it was tuned on
     steps:int,      # optimiser steps
     lr:float,       # peak learning rate
-    form:Renderer,  # how the model was asked
+    asked:str,      # how the model was asked, as `asked_line` says it
 ) -> str:
     "What the model card says of the tuning"
     return (f'Tuned afterwards on {examples:,} labelled examples: {steps:,} steps at a learning rate of {lr:g}. '
-            f'Form of the prompts: {code_span(form)}.')
+            f'{asked}')
 
 # %% ../../nbs/course/14_finetune.ipynb #441702a4
 @checked('data')
@@ -67,7 +67,7 @@ def finetune(
     **kwargs,                       # passed to `fit`
 ) -> tuple[Adapter, Run]: # the tuned adapter, the loss at every step
     "Tune an adapter on labelled examples (LoRASuite, arXiv 2505.13515, section 3.4)"
-    renderer = Renderer.of(decoder, prompts)
+    renderer = Renderer.of(decoder, prompts, adapter)
     steps = math.ceil(epochs*len(data)/batch_size) if steps is None else steps
     torch.manual_seed(seed)
     adapter = adapter or init_adapter(decoder, rank, roles)
@@ -79,7 +79,8 @@ def finetune(
         run = fit(model, rows, decoder.tokenizer, steps, lr, batch_size, callbacks=tuners, **kwargs)
         for tuner in tuners: tuner.finish()
         tuned = Adapter.from_peft(model)
-    card = tuned_card(adapter, decoder.name, _tuning_line(len(data), steps, lr, renderer))
+    card = tuned_card(adapter, decoder.name, _tuning_line(len(data), len(run), lr, asked_line(renderer, data)))
     modules = weight_names(decoder.model).all_modules()
     return replace(tuned, base=decoder.name, layers=decoder.layers, card=card, skipped=adapter.skipped,
-                   modules=modules, weights=adapter.weights, tokenizer=adapter.tokenizer), run
+                   modules=modules, weights=adapter.weights, tokenizer=adapter.tokenizer,
+                   chat_template=renderer.kept), run

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['THOUGHT_FORMS', 'PROMPT_PRESETS', 'THINKING', 'as_messages', 'asked_turns', 'with_answer', 'question_key',
            'ThoughtForm', 'split_thought', 'drop_thoughts', 'without_thoughts', 'with_opening', 'with_think_marks',
-           'spoken', 'Prompts', 'prompts_of_both', 'fill_prompt', 'ChatTemplate', 'Renderer', 'encode_all', 'ask_all',
-           'question_places']
+           'spoken', 'Prompts', 'prompts_of_both', 'fill_prompt', 'ChatTemplate', 'Renderer', 'renderers_of_both',
+           'asked_line', 'encode_all', 'ask_all', 'question_places']
 
 # %% ../../nbs/reference/prompts.ipynb #45c2200a
-import json, re, warnings
+import hashlib, json, re, warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from itertools import takewhile
 from string import Formatter
 from transformers import PreTrainedTokenizerBase
+from ..core.adapter import Adapter
 from ..core.model import Decoder
+from ..core.names import code_span
 from ..core.tokens import check_ids
 from ..core.settings import check_types, checked
 
@@ -727,6 +729,18 @@ def _mask_by_prompt(
     shared = len(_common_start(prompt, ids))
     return ids, [0]*shared + [1]*(len(ids) - shared)
 
+# %% ../../nbs/reference/prompts.ipynb #brought1
+def _brought_template(
+    tokenizer:PreTrainedTokenizerBase,  # of a model
+    adapter:Adapter|None,               # that it wears
+    origin:Adapter|None,                # of an older model, that is carried or taught
+) -> str: # empty where the model's own serves
+    "The chat template that adapters bring to a model"
+    if adapter and adapter.chat_template:
+        return '' if adapter.chat_template == tokenizer.chat_template else adapter.chat_template
+    return origin.chat_template if origin and not tokenizer.chat_template else ''
+
+
 # %% ../../nbs/reference/prompts.ipynb #768f0e3b
 class Renderer:
     "Puts examples to one model; raises `ValueError` for a chat template that is missing or cannot be used"
@@ -738,7 +752,7 @@ class Renderer:
         name:str='the model',               # for messages
         rows:int|None=None,                 # of the model's embedding table; `None` for any
     ):
-        self.rows = rows
+        self.rows, self.whose = rows, 'given'
         if rows is not None: check_ids({tokenizer.eos_token_id} - {None}, tokenizer, rows, name)
         self.tokenizer, self.prompts, self.context, self.name = tokenizer, prompts or Prompts(), context, name
         own = bool(tokenizer.chat_template)
@@ -753,17 +767,30 @@ class Renderer:
     def of(cls,
         decoder:Decoder,            # a model with its tokenizer
         prompts:Prompts|None=None,  # how it shall be asked
+        adapter:Adapter|None=None,  # that it wears: its chat template goes before the model's
+        origin:Adapter|None=None,   # of an older model, that is carried or taught: for a model without a template
     ) -> 'Renderer':
         "The renderer of a loaded model, with the longest text that it can read"
         context = getattr(decoder.model.config.get_text_config(), 'max_position_embeddings', None)
-        return cls(decoder.tokenizer, prompts, context, decoder.name, decoder.vocab)
+        given, brought = prompts or Prompts(), _brought_template(decoder.tokenizer, adapter, origin)
+        theirs = bool(brought) and not (given.template or given.plain)
+        if theirs: prompts = replace(given, template=brought)
+        found = cls(decoder.tokenizer, prompts, context, decoder.name, decoder.vocab)
+        if theirs: found.whose = "adapter's"
+        return found
 
     def __str__(self):
         thoughts = dict(keep='', drop=', thoughts dropped', forbid=', thoughts forbidden')[self.prompts.thinking]
         if self.template:
             dated = f', dated {_DAY:%d %b %Y} on every day' if self.template.is_dated else ''
-            return f"{'given' if self.prompts.template else 'own'} chat template{dated}{thoughts}"
+            return f"{self.whose if self.prompts.template else 'own'} chat template{dated}{thoughts}"
         return f'plain prompt {self.prompts.plain or PROMPT_PRESETS["qa"]!r}{thoughts}'
+
+    @property
+    def kept(self) -> str: # empty for none
+        "The chat template that an adapter must keep, because its model has another or none"
+        found = self.prompts.template or ''
+        return '' if found == self.tokenizer.chat_template else found
 
     @property
     def end(self) -> int|None:
@@ -823,6 +850,19 @@ class Renderer:
         labels = ids if train_on_inputs else [i if m else -100 for i, m in zip(ids, mask)]
         return dict(input_ids=ids[:self.context], labels=labels[:self.context])
 
+# %% ../../nbs/reference/prompts.ipynb #rendboth1
+@checked()
+def renderers_of_both(
+    old:Decoder, new:Decoder,           # two models
+    prompts:Prompts|tuple|None=None,    # how both are asked, or a pair
+    adapter:Adapter|None=None,          # of the old model
+    start:Adapter|None=None,            # of the new model
+) -> tuple[Renderer, Renderer]: # of the old and of the new model
+    "The renderers of two models between which an adapter is carried or taught"
+    first, second = prompts_of_both(prompts)
+    return Renderer.of(old, first, adapter), Renderer.of(new, second, start, adapter)
+
+
 # %% ../../nbs/reference/prompts.ipynb #4df91efa
 def _opened(
     tokenizer:PreTrainedTokenizerBase,  # of the model
@@ -838,6 +878,21 @@ def _as_it_stands(
 ) -> bool:
     "Is it a prompt that is written out, with nothing to put around it?"
     return 'prompt' in example and renderer.prompts.plain in (None, '{instruction}')
+
+# %% ../../nbs/reference/prompts.ipynb #askedln1
+@checked()
+def asked_line(
+    renderer:Renderer,          # of a model
+    examples:Sequence[dict]=(), # that were put to it
+) -> str:
+    "What a model card says of the form of the prompts"
+    if examples and all('text' in e for e in examples): return 'Form of the prompts: none, texts as they stand.'
+    written = not renderer.template and all('prompt' in e and _as_it_stands(renderer, e) for e in examples)
+    if examples and written: return 'Form of the prompts: as they stand in the data.'
+    sha256 = hashlib.sha256(renderer.kept.encode()).hexdigest()
+    kept = f', kept as `chat_template.jinja`, SHA-256 `{sha256}`' if renderer.kept else ''
+    return f'Form of the prompts: {code_span(renderer)}{kept}.'
+
 
 # %% ../../nbs/reference/prompts.ipynb #placeth1
 def _placed_thought(

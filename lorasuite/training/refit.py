@@ -21,7 +21,8 @@ from ..stages.block_maps import split_role
 from ..stages.cka import matching_rows, read_texts
 from ..stages.transfer import group_by_module, in_float32, split_by_role, transfer, transfer_updates
 from .evaluate import evaluate
-from .prompts import ask_all, Prompts, prompts_of_both, question_key, question_places, Renderer
+from .prompts import ask_all, asked_line, Prompts, prompts_of_both, question_key, question_places
+from .prompts import Renderer, renderers_of_both
 
 # %% ../../nbs/course/19_refit.ipynb #d48a2247
 @checked(A="rank in'", X="n in'", Z='n rank')
@@ -143,6 +144,7 @@ def refit(
 ) -> Adapter:
     "Transfer an adapter whose updates read on the new model what they read on the old; `ValueError` without texts"
     if not texts: raise ValueError('no texts: give some of the kind that the adapter is for')
+    prompts = tuple(renderer.prompts for renderer in renderers_of_both(old, new, prompts, adapter))
     adapter, carried = adapter.named_for(alignment.old), transfer(adapter, alignment)
     updates, fitted = split_by_role(adapter, alignment.old)[0], {}
     batches, batches2 = paired_positions(old, new, texts, prompts=prompts)
@@ -182,7 +184,7 @@ def _shared_texts(
     prompts:Prompts|tuple|None, # how both models are asked, or a pair
 ) -> list[str]|list[dict]:
     "The prompts, where both models read the same; else the questions"
-    renderers = [Renderer.of(*pair) for pair in zip((old, new), prompts_of_both(prompts))]
+    renderers = renderers_of_both(old, new, prompts)
     texts, texts2 = ([renderer.text(e) for e in questions] for renderer in renderers)
     return texts if texts == texts2 else questions
 
@@ -196,6 +198,16 @@ def _refit_line(
     of = f'of the answers to two thirds of {questions:,} questions agree with the old specialist'
     if best > carried: return f'- refitted without labels: {best:.1%} {of}, {carried:.1%} before\n'
     return f'- not refitted: {carried:.1%} {of}, and no refit does better\n'
+
+# %% ../../nbs/course/19_refit.ipynb #askedrf1
+def _asked_lines(
+    old:Renderer, new:Renderer, # of both models
+    inputs:list[dict],          # that were put to them
+) -> str:
+    "What the card says of how both models were asked"
+    asked = ((side, asked_line(renderer, inputs)) for side, renderer in (('old', old), ('new', new)))
+    return ''.join(f'- the {side} model, asked for the refit: {line[0].lower()}{line[1:]}\n' for side, line in asked)
+
 
 # %% ../../nbs/course/19_refit.ipynb #bcc670ca
 @checked()
@@ -211,8 +223,9 @@ def best_refit(
     if len(inputs) < 3:
         raise ValueError(f'{len(inputs)} questions are too few to fit on some and choose by others: give some dozens')
     if adapter.magnitudes: raise ValueError('a DoRA cannot be refitted on questions: transfer it without them')
-    first, second = prompts_of_both(prompts)
-    for decoder, options in ((old, first), (new, second)): ask_all(Renderer.of(decoder, options), inputs)
+    renderers = renderers_of_both(old, new, prompts, adapter)
+    for renderer in renderers: ask_all(renderer, inputs)
+    first, second = prompts = tuple(renderer.prompts for renderer in renderers)
     texts = _shared_texts(old, new, inputs[::3], prompts)
     asked = [e | dict(answer='') for i, e in enumerate(inputs) if i % 3]
     candidates = [transfer(adapter, alignment)]
@@ -222,4 +235,5 @@ def best_refit(
     found = [agrees(candidate) for candidate in candidates]
     best = found.index(max(found))
     chosen = candidates[best]
-    return replace(chosen, card=chosen.card + _refit_line(len(inputs), found[0], found[best]))
+    card = chosen.card + _refit_line(len(inputs), found[0], found[best]) + _asked_lines(*renderers, inputs)
+    return replace(chosen, card=card, chat_template=renderers[1].kept)

@@ -6,14 +6,15 @@
 __all__ = ['RefreshOptions', 'check_lessons', 'keep_lessons', 'learn_lessons', 'RefreshJob', 'refresh_many', 'refresh_lines']
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmimports
-import functools, os, time
+import functools, os, time, warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from ..core.adapter import Adapter, check_fit
+from ..core.adapter import Adapter
 from ..core.files import hold_output, is_main_process, own_directory, remove_directory
 from ..core.loading import load_model, load_skeleton, weight_hashes
 from ..core.model import Decoder
@@ -22,10 +23,11 @@ from ..core.settings import check_types, checked
 from ..stages.card import left_out
 from ..stages.many import gather_rows, is_made, make_once, own_results, report_row, report_table
 from ..stages.many import result_places, save_report, source_hash
-from ..stages.pairing import warn_of_base
+from ..stages.pairing import check_base
 from .examples import Examples, load_data
 from .prompts import ask_all, encode_all, Prompts, prompts_of_both, Renderer
 from .refresh import distillation_data, refresh, SOFT_WEIGHT
+from .rounds import refresh_in_rounds
 from .trainer import Run
 from .upgrade import base_with_tokens
 
@@ -36,8 +38,9 @@ class RefreshOptions:
     soft:float=SOFT_WEIGHT      # weight of the specialist's probabilities; the rest is its answer's
     longest:int=64              # tokens of an answer; longer answers are left out
     first_line:bool=False       # do answers end at a line break?
-    epochs:float=3.             # passes over the data
+    epochs:float|None=None      # passes over the data; by default it is trained until a minute brings too little
     steps:int|None=None         # optimiser steps, instead of passes
+    budget:float|None=None      # seconds for the lessons and the training, of which one round is made in any case
     lr:float=3e-4               # peak learning rate
     seed:int=0                  # of a fresh LoRA and of the order of the examples
     prompts:Prompts|tuple|None=None # how both models are asked, or a pair
@@ -89,12 +92,18 @@ def learn_lessons(
     options:RefreshOptions, # of the training
     checkpoints:Path,       # where an interrupted run is resumed
     progress:bool=False,    # show a progress bar?
+    say:Callable|None=None, # told in a line what a round of the training has brought
+    spent:float=0.,         # seconds of the budget that the lessons took
 ) -> tuple[Adapter, Run]: # the refreshed adapter, the loss at every step
-    "Teach the new model what a specialist says"
+    "Teach the new model what a specialist says, for so many steps or passes, or in rounds"
     rank = max((len(A) for A, _ in specialist.updates.values()), default=8)
-    return refresh(student, taught, start, labelled, options.soft, steps=options.steps, epochs=options.epochs,
-                   lr=options.lr, rank=rank, seed=options.seed, prompts=prompts_of_both(options.prompts)[1],
-                   specialist=specialist, checkpoints=checkpoints, progress=progress)
+    shared = dict(soft=options.soft, lr=options.lr, rank=rank, seed=options.seed,
+                  prompts=prompts_of_both(options.prompts)[1], specialist=specialist, checkpoints=checkpoints,
+                  progress=progress)
+    length = {name: x for name in ('steps', 'epochs') if (x := getattr(options, name)) is not None}
+    if length: return refresh(student, taught, start, labelled, **length, **shared)
+    left = options.budget and max(0., options.budget - spent)
+    return refresh_in_rounds(student, taught, start, labelled, seconds=left, say=say, **shared)
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmfiles
 def _own_file(
@@ -128,9 +137,9 @@ def _own_start(
 class _Workshop:
     "What many adapters share: two base models, loaded when they are needed, and where the rest is found"
     def __init__(self, old:str, new:str, inputs:str, start:str|None, data:str|None, options:RefreshOptions,
-                 names:set[str]):
+                 names:set[str], say:Callable[[str], None]=lambda line: None):
         self.old, self.new, self.inputs, self.start, self.data = old, new, inputs, start, data
-        self.options, self.names = options, names
+        self.options, self.names, self.say, self.told = options, names, say, {}
         self.rows = functools.lru_cache(4)(self._read)
 
     @functools.cached_property
@@ -138,10 +147,13 @@ class _Workshop:
     @functools.cached_property
     def student(self) -> Decoder: return load_model(self.new)
     @functools.cached_property
+    def skeletons(self) -> tuple[Decoder, Decoder]:
+        "The old and the new model without their weights"
+        return load_skeleton(self.old), load_skeleton(self.new)
+    @functools.cached_property
     def renderers(self) -> list[Renderer]:
-        "How the old and the new model are asked, without their weights"
-        models = load_skeleton(self.old), load_skeleton(self.new)
-        return [Renderer.of(*pair) for pair in zip(models, prompts_of_both(self.options.prompts))]
+        "How the old and the new model are asked"
+        return [Renderer.of(*pair) for pair in zip(self.skeletons, prompts_of_both(self.options.prompts))]
     @functools.cached_property
     def weights(self) -> list:
         "Hashes of the weight files of both models; their names where there are none"
@@ -149,7 +161,13 @@ class _Workshop:
 
     def _read(self, source:str, labelled:bool) -> Examples:
         "The examples of a file"
-        return load_data(source, self.options.split, labelled, self.options.columns)
+        found = load_data(source, self.options.split, labelled, self.options.columns)
+        self.told.setdefault(found.description, False)
+        return found
+    def tell(self):
+        "Say how each file of examples was read, once"
+        for line in [line for line, said in self.told.items() if not said]: self.say(line)
+        self.told = dict.fromkeys(self.told, True)
     def sources(self, name:str) -> tuple[str, str|None, str|None]: # questions, labelled examples, start
         "What belongs to an adapter"
         inputs, data = (source and _own_file(source, name, self.names) for source in (self.inputs, self.data))
@@ -160,6 +178,11 @@ class _Workshop:
         (inputs, data, _), (old, new) = self.sources(name), self.renderers
         questions, labelled = self.rows(inputs, False), self.rows(data, True) if data else []
         return Hasher.hash((ask_all(old, questions), ask_all(new, questions), encode_all(new, labelled)))
+
+    def check_bases(self, *adapters:Adapter|None):
+        "Look at a specialist and a start before any weight is read; raises `ValueError` for one that does not fit"
+        for worn, name, model, new in zip(adapters, (self.old, self.new), self.skeletons, (self.skeletons[1], None)):
+            if worn: check_base(worn, name if worn.tokenizer else model, new=new)
 
     def check(self):
         "Raise what is wrong for all adapters"
@@ -205,14 +228,13 @@ def _teach_one(
     "Refresh an adapter and save the result"
     inputs, data, _ = shop.sources(job.out.name)
     questions, labelled = shop.rows(inputs, False), shop.rows(data, True) if data else []
-    student = base_with_tokens(shop.student, start)
-    if start: check_fit(start, student)
-    for worn, model in ((specialist, shop.old), (start, shop.new)):
-        if worn: warn_of_base(worn, model)
-    teacher = base_with_tokens(shop.teacher, specialist)
+    shop.tell()
+    shop.check_bases(specialist, start)
+    student, teacher = base_with_tokens(shop.student, start), base_with_tokens(shop.teacher, specialist)
+    begin = time.perf_counter()
     taught = keep_lessons(teacher, specialist, questions, shop.options, job.checkpoints, lessons)
     refreshed, run = learn_lessons(student, taught, replace(specialist, base=shop.old), start, labelled, shop.options,
-                                   job.checkpoints)
+                                   job.checkpoints, spent=time.perf_counter() - begin)
     refreshed.save(job.out)
     losses = dict(loss_first=run[0] if run else None, loss_last=run[-1] if run else None)
     return dict(status='refreshed', inputs=len(questions), lessons=len(taught), labelled=len(labelled), steps=len(run),
@@ -240,8 +262,13 @@ def _is_left(
 ) -> bool: # `False` also where something is wrong, which its line of the report will say
     "Must an adapter still be refreshed?"
     try:
-        Adapter.load(job.adapter, adapter_name=shop.options.adapter_name)
-        return not is_made(job.out, _refresh_claim(job, shop))
+        specialist = Adapter.load(job.adapter, adapter_name=shop.options.adapter_name)
+        if is_made(job.out, _refresh_claim(job, shop)): return False
+        origin = shop.sources(job.out.name)[-1]
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # it is said when the adapter is refreshed
+            shop.check_bases(specialist, Adapter.load(origin) if origin else None)
+        return True
     except (OSError, ValueError): return False
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmfn
@@ -257,6 +284,7 @@ def refresh_many(
     lessons:str|os.PathLike|None=None,  # directory to keep teacher data in for other students, one NAME for each
     options:RefreshOptions=RefreshOptions(), # how each of them is taught
     progress:bool=False,        # show a progress bar?
+    say:Callable[[str], None]=lambda line: None, # is told how each file of examples was read
 ) -> dict: # the report: counts, and a line for each adapter
     "Refresh many adapters into `out`; one that fails is reported, one that is there from an earlier run is kept"
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
@@ -265,15 +293,17 @@ def refresh_many(
     begin, out = time.perf_counter(), Path(os.path.expanduser(out)).absolute()
     jobs = [RefreshJob(name, place) for name, place in zip(adapters, result_places(adapters, out))]
     old, new, inputs, start, data = (each and str(each) for each in (old, new, inputs, start, data))
-    shop = _Workshop(old, new, inputs, start, data, options, {job.out.name for job in jobs})
+    shop = _Workshop(old, new, inputs, start, data, options, {job.out.name for job in jobs}, say)
     shop.check()
     with own_results(out):
+        shop.tell()
         if any(_is_left(job, shop) for job in jobs): _ = shop.teacher, shop.student
         folder = Path(os.path.expanduser(lessons)) if lessons else None
         done = ((job, report_row(job.adapter, job.out, functools.partial(_refresh_or_keep, job, shop, folder)))
                 for job in jobs)
         return save_report(out, gather_rows(jobs, done, progress), 'refreshed', old=old, new=new, inputs=inputs,
                            start=start, data=data, options=asdict(options) | dict(prompts=repr(options.prompts)),
+                           prompts=dict(zip(('old', 'new'), map(str, shop.renderers))),
                            seconds=round(time.perf_counter() - begin, 1))
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmcells

@@ -7,7 +7,7 @@ __all__ = ['LOGITS_AT_ONCE', 'split_batch', 'check_packing', 'watch_memory', 'Ru
            'resume_checkpoint', 'learned_positions', 'logits_at', 'token_loss', 'LightTrainer', 'fit', 'plot_losses']
 
 # %% ../../nbs/reference/trainer.ipynb #c7779896
-import ctypes, hashlib, json, os, re, time, warnings
+import ctypes, hashlib, json, os, re, sys, time, warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, ExitStack
 from pathlib import Path
@@ -100,12 +100,14 @@ class Run(list):
         peak_bytes:int|None=None,               # see `watch_memory`
         trained:int=0,                          # how many parameters were trained
         validation:dict[int, float]|None=None,  # step: mean loss on the validation examples
+        chances:dict[int, float]|None=None,     # step: what `Rounds` measured there
     ):
         super().__init__(losses)
         self.seconds = seconds
         self.peak_bytes = peak_bytes
         self.trained = trained
         self.validation = validation or {}
+        self.chances = chances or {}
 
 # %% ../../nbs/reference/trainer.ipynb #cced31b0
 def _mixed_precision(
@@ -167,12 +169,15 @@ def _claim_checkpoints(
     except (OSError, ValueError): claimed = {}
     other = [what for what in claim | claimed if claim.get(what) != claimed.get(what)] if claimed else []
     if other or not claimed and any(path.glob('checkpoint-*')):
-        raise ValueError(f'{path} holds an interrupted run with another {_differences(other, claimed, claim)}: '
-                         'repeat that run, or remove the directory')
+        raise ValueError(f'{path} holds an interrupted run that differs from this one in '
+                         f'{_differences(other, claimed, claim)}: repeat that run, or remove the directory')
     with writing(path):
         if not claimed: file.write_text(json.dumps(claim))
 
 # %% ../../nbs/reference/trainer.ipynb #d5eab2f8
+_NAMED = {'base model': 'the base model', 'start': 'the start', 'data': 'the data', 'validation': 'the validation data',
+          'method': 'the method'} # other settings have the names that the caller gave them
+
 def _differences(
     names:list[str],                # of what differs; empty where nothing is known
     claimed:dict[str, str],         # of the interrupted run
@@ -183,7 +188,7 @@ def _differences(
     def values(name):
         both = claimed.get(name, 'none'), claim.get(name, 'none')
         return f' ({both[0]}, now {both[1]})' if max(map(len, both)) < 24 else ''
-    return ', '.join(f'{name}{values(name)}' for name in names) or 'version of lorasuite'
+    return ', '.join(f'{_NAMED.get(name, name)}{values(name)}' for name in names) or 'the version of lorasuite'
 
 # %% ../../nbs/reference/trainer.ipynb #98f6423d
 _SEAL = 'sealed.json'
@@ -423,8 +428,9 @@ def _timed_run(
     log = trainer.state.log_history
     losses = [row['loss'] for row in log if 'loss' in row]
     validation = {row['step']: row['eval_loss'] for row in log if 'eval_loss' in row}
+    chances = {row['step']: row['chance'] for row in log if 'chance' in row}
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return Run(losses, time.perf_counter() - begin, peak(), trained, validation)
+    return Run(losses, time.perf_counter() - begin, peak(), trained, validation, chances)
 
 # %% ../../nbs/reference/trainer.ipynb #d7edc7d2
 def _claim(
@@ -439,6 +445,13 @@ def _claim(
     described = [c for c in callbacks if type(c).__repr__ is not object.__repr__]
     data = dict(data=_hash_rows(rows), validation=_hash_rows(validation or ()))
     return _describe_start(model, start) | data | {k: str(v) for k, v in (settings | dict(method=described)).items()}
+
+# %% ../../nbs/reference/trainer.ipynb #resumedln1
+def _resumed_line(
+    checkpoint:str, # directory of a checkpoint
+) -> str:
+    "What a person is told of a run that goes on"
+    return f'resumed at step {checkpoint.rpartition("-")[2]}'
 
 # %% ../../nbs/reference/trainer.ipynb #07f2785e
 @checked('rows')
@@ -475,6 +488,7 @@ def fit(
         trainer = LightTrainer(model, args, train_dataset=rows, eval_dataset=validation, callbacks=[*callbacks],
                                data_collator=_collator(tokenizer, pack), loss=loss or token_loss)
         _choose_output(trainer, progress)
+        if last and trainer.is_world_process_zero(): print(_resumed_line(last), file=sys.stderr)
         return _timed_run(trainer, last)
 
 # %% ../../nbs/reference/trainer.ipynb #2f9ddd4e

@@ -9,14 +9,14 @@ __all__ = ['check_prompts', 'base_with_tokens', 'upgrade']
 import copy, hashlib, os
 from ..core.adapter import Adapter
 from ..core.loading import load_model, load_skeleton
-from ..core.model import Decoder, model_info
-from ..stages.added_tokens import add_tokens, take_tokens, with_tokens
+from ..core.model import Decoder
+from ..stages.added_tokens import add_tokens, keep_template, take_tokens, with_tokens
 from ..stages.alignment import align, Alignment
-from ..stages.pairing import warn_of_base
-from ..stages.transfer import check_plain, check_source, transfer
+from ..stages.pairing import check_base, naming_base
+from ..stages.transfer import check_plain, transfer
 from ..stages.whole_weights import weights_to_updates
 from .finetune import finetune
-from .prompts import ask_all, encode_all, Prompts, prompts_of_both, Renderer
+from .prompts import ask_all, encode_all, Prompts, prompts_of_both, renderers_of_both
 from .refit import best_refit
 from ..core.settings import checked
 from .trainer import hash_tensors, Run
@@ -29,24 +29,17 @@ def check_prompts(
     data:list[dict],                # labelled examples
     inputs:list[dict],              # questions
     prompts:Prompts|tuple|None=None,# how both models are asked, or a pair
-):
+    adapter:Adapter|None=None,      # of the old model
+    start:Adapter|None=None,        # of the new model
+) -> dict[str, str]: # `old` and `new`: how they are asked; empty without examples
     "Raise `ValueError` naming the example that a model cannot be asked with or trained on; no weight is read"
-    if not (data or inputs): return
+    if not (data or inputs): return {}
     models = [model if isinstance(model, Decoder) else load_skeleton(model) for model in (old, new)]
-    first, second = (Renderer.of(*pair) for pair in zip(models, prompts_of_both(prompts)))
+    first, second = renderers_of_both(*models, prompts, adapter, start)
     ask_all(first, inputs)
     ask_all(second, inputs)
     encode_all(second, data)
-
-# %% ../../nbs/reference/upgrade.ipynb #chkbase01
-def _check_base(
-    adapter:Adapter,                # to be carried, without added tokens
-    old:str|os.PathLike|Decoder,    # the model that it was trained on
-):
-    "Raise `ValueError` naming an update that has no place in a base; warn of another base than the adapter names"
-    decoder = old if isinstance(old, Decoder) else load_skeleton(old)
-    check_source(adapter, model_info(decoder))
-    warn_of_base(adapter, decoder.name)
+    return dict(old=str(first), new=str(second))
 
 # %% ../../nbs/reference/upgrade.ipynb #299090a0
 def _origin(
@@ -92,20 +85,20 @@ def upgrade(
     "Align, transfer, refit and tune, as far as there are data; raises what these raise (LoRASuite, section 3)"
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     if plain_rank is not None: check_plain(adapter, plain_rank)
-    check_prompts(old, new, data or [], inputs or [], prompts)
+    check_prompts(old, new, data or [], inputs or [], prompts, adapter)
     if inputs and adapter.magnitudes: raise ValueError('a DoRA cannot be refitted on questions: leave them out')
-    adapter, tokens = take_tokens(adapter, old, new)
-    _check_base(adapter, old)
+    with naming_base(adapter, old, new): adapter, tokens = take_tokens(adapter, old, new)
+    check_base(adapter, old, to_carry=True, new=new)
     if inputs and tokens:
         raise ValueError('an adapter with added tokens cannot be refitted on questions: leave them out')
     if adapter.weights: adapter = weights_to_updates(adapter, load_model(old))
     alignment = align(old, new, texts, method, progress=progress)
     if inputs: upgraded = best_refit(adapter, alignment, load_model(old), load_model(new), inputs, progress, prompts)
-    else: upgraded = transfer(adapter, alignment, plain_rank)
+    else: upgraded = keep_template(transfer(adapter, alignment, plain_rank), adapter, new)
     if tokens: upgraded = add_tokens(upgraded, tokens, alignment, new)
     if not data: return upgraded, Run()
     brought = tokens and hash_tensors([*tokens.rows.values(), *tokens.changes.values()])
-    asked = prompts_of_both(prompts) if inputs else None
+    asked = prompts_of_both(prompts) + (adapter.chat_template,) if inputs else None
     start = _origin(adapter, alignment, inputs, texts, brought, plain_rank, asked)
     kwargs |= dict(start=start, prompts=prompts_of_both(prompts)[1])
     return finetune(base_with_tokens(new, upgraded), data, upgraded, progress=progress, **kwargs)

@@ -15,10 +15,10 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from ..adapter import Adapter
 from ..experts import split_expert
-from ..files import parsing, resolve
+from ..files import file_hash, parsing, resolve
 from ..loading import load_skeleton
 from ..model import model_info
-from ..ranks import EMPTY_CARD, largest_rank, named_strictly, pad_rank, strip_adapter
+from ..ranks import largest_rank, named_card, named_strictly, pad_rank, strip_adapter, write_beside
 from ..settings import checked
 if TYPE_CHECKING: from gguf import GGUFReader
 
@@ -139,6 +139,7 @@ def _tensors(
 
 # %% ../../../nbs/reference/gguf.ipynb #gg00000m
 _BASE = 'lorasuite.base_model' # name of the base in the file, as lorasuite needs it to read the file again
+_CARD, _TEMPLATE = 'lorasuite.model_card', 'tokenizer.chat_template' # what other formats have in files beside
 
 # %% ../../../nbs/reference/gguf.ipynb #2dd51e96
 def _add_tensor(
@@ -159,7 +160,7 @@ def write(
     adapter:Adapter, # what is to be written; its base must be there
     folder:Path,     # an empty directory
 ):
-    "Write adapter.gguf and README.md; raises `ValueError` naming what llama.cpp cannot put on"
+    "Write adapter.gguf and what lies beside; raises `ValueError` naming what llama.cpp cannot put on"
     import gguf
     base, rank = _load_base(adapter.base), largest_rank(adapter)
     named = named_strictly(adapter, base.info)
@@ -169,13 +170,14 @@ def write(
     writer.add_string(gguf.Keys.Adapter.TYPE, 'lora')
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, rank)
     writer.add_string(_BASE, adapter.base)
+    writer.add_string(_CARD, named_card(adapter.card, 'gguf'))
+    if adapter.chat_template: writer.add_string(_TEMPLATE, adapter.chat_template)
     for name, t in _tensors(named, base, rank).items(): _add_tensor(writer, name, t)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    card = (adapter.card or EMPTY_CARD).replace('library_name: peft', 'library_name: gguf', 1)
-    (folder/'README.md').write_text(card, encoding='utf-8')
+    write_beside(adapter, folder, 'gguf')
 
 # %% ../../../nbs/reference/gguf.ipynb #gg00000p
 @checked()
@@ -269,7 +271,9 @@ def read(
     found, others = _pairs(reader, file)
     model = _load_base(base or _base_name(reader, file))
     _check_names(found, model, _field(reader, 'general.architecture', ''), file)
-    adapter = Adapter({}, model.name, model.info.layers, skipped=dict.fromkeys(others, _NO_UPDATE))
+    adapter = Adapter({}, model.name, model.info.layers, _field(reader, _CARD, ''),
+                      skipped=dict.fromkeys(others, _NO_UPDATE), chat_template=_field(reader, _TEMPLATE, ''))
+    adapter.source.update(name=str(name), sha256=file_hash(file))
     alpha, paths = _field(reader, 'adapter.lora.alpha', 0), {name: path for path, name in model.names.items()}
     for name, pair in found.items():
         path, A, B = paths[name], pair['lora_a'], pair['lora_b']

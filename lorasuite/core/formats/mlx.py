@@ -12,11 +12,12 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from ..adapter import Adapter
+from ..containers import BESIDE, read_beside
 from ..experts import split_expert
 from ..files import file_hash, locate, parsing, split_revision
 from ..loading import load_skeleton
 from ..model import model_info, ModelInfo
-from ..ranks import EMPTY_CARD, largest_rank, named_strictly, pad_rank, strip_adapter
+from ..ranks import largest_rank, named_strictly, pad_rank, strip_adapter, write_beside
 from ..settings import checked
 
 # %% ../../../nbs/reference/mlx.ipynb #mx000008
@@ -126,7 +127,7 @@ def _adapter_dir(
 ) -> Path:
     "Directory of an adapter, fetched from the Hub if need be; raises `FileNotFoundError` when a file of it is missing"
     source = Path(locate(name))
-    if not source.is_dir(): source = Path(snapshot_download(str(name), allow_patterns=[_SETTINGS, _WEIGHTS]))
+    if not source.is_dir(): source = Path(snapshot_download(str(name), allow_patterns=[_SETTINGS, _WEIGHTS, *BESIDE]))
     for f in (_SETTINGS, _WEIGHTS):
         if not (source/f).is_file():
             raise FileNotFoundError(f'{name} has no {f}: give the directory of an adapter of mlx-lm')
@@ -152,7 +153,7 @@ def read(
     base, revision = split_revision(str(config.get('model') or ''))
     source = dict(name=str(name), sha256=file_hash(file))
     if revision := revision or config.get('revision'): source['base_revision'] = str(revision)
-    adapter = Adapter({}, base=base, magnitudes=magnitudes, source=source)
+    adapter = Adapter({}, base=base, magnitudes=magnitudes, source=source, **read_beside(folder))
     for path, (a, b) in pairs.items():
         if a.ndim == 3: adapter.updates |= _expert_updates(path, a, scale*b)
         else: (adapter.embeddings if _TABLES.search(path) else adapter.updates)[path] = a.T, scale*b.T
@@ -269,7 +270,7 @@ def write(
     adapter:Adapter, # what is to be written; its base must be there
     folder:Path,     # an empty directory
 ):
-    "Write adapter_config.json, adapters.safetensors and README.md; raises `ValueError` for what mlx-lm cannot hold"
+    "Write settings, adapters.safetensors and what lies beside; raises `ValueError` for what mlx-lm cannot hold"
     base = load_skeleton(adapter.base)
     info, kind, rank = model_info(base), base.model.config.get_text_config().model_type, largest_rank(adapter)
     if adapter.weights:
@@ -287,5 +288,4 @@ def write(
     stored = {f'{path}.lora_{side}': (t if t.itemsize == 2 else t.float()).contiguous().clone()
               for path, pair in tensors.items() for side, t in zip('ab', pair)}
     save_file(stored | magnitudes, folder/_WEIGHTS)
-    card = (adapter.card or EMPTY_CARD).replace('library_name: peft', 'library_name: mlx', 1)
-    (folder/'README.md').write_text(card, encoding='utf-8')
+    write_beside(adapter, folder, 'mlx')

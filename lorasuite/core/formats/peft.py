@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..adapter import Adapter
-from ..containers import adapter_folders, find_adapter, read_tensors, SETTINGS, weight_files
+from ..containers import adapter_folders, find_adapter, read_beside, read_tensors, SETTINGS, weight_files
 from ..experts import file_path, PARAMETERS, Stored, split_expert
 from ..files import file_hash, parsing, split_revision
 from ..keys import plain_keys, PREFIX
 from ..names import shortened
-from ..ranks import EMPTY_CARD, pad_rank, strip_adapter
+from ..ranks import pad_rank, strip_adapter, write_beside
 from ..settings import checked
 
 # %% ../../../nbs/reference/formats.ipynb #057f0226
@@ -61,11 +61,15 @@ def _check_tensors(
     tensors:dict[str, Tensor], # key in the file: tensor
     file:Path,                 # the file, for messages
 ):
-    "Raise `ValueError` for the empty tensors of ZeRO-3 and for the grouped convolutions of PEFT 0.2"
+    "Raise `ValueError` for names and shapes of other programs, and for the empty tensors of ZeRO-3"
     for key, t in tensors.items():
         if re.search(r'\.adapter\.linear_(in|out)\.', key):
             raise ValueError(f'{file}: {key} is a name of NeMo or Megatron, whose projections are fused and divided '
                              'otherwise: export the adapter as PEFT, by export_adapter_ckpt of Megatron Bridge')
+        if re.search(r'\.lora_[ab]\.weight$', key):
+            raise ValueError(f'{file}: {key} is a name as torchtune has it: rename the file to adapter_model.pt, put '
+                             f'config.json of the model beside it and {{"r": …, "lora_alpha": …}} into {SETTINGS}; or '
+                             'give the export for PEFT')
         if t.shape == (0,):
             raise ValueError(f'{file}: {key} is empty, as DeepSpeed ZeRO-3 leaves weights that were not gathered: save '
                              'with stage3_gather_16bit_weights_on_model_save, or convert with zero_to_fp32.py')
@@ -717,15 +721,6 @@ def _convolutions(
     "The convolutions that an adapter updates"
     return {_path_of_factor(key) for key, t in factors.items() if t.ndim > 2}
 
-# %% ../../../nbs/reference/formats.ipynb #a9951fcf
-def _read_card(
-    folder:Path, # of an adapter
-) -> str: # empty where there is none
-    "The model card of an adapter, whatever its encoding"
-    file = folder/'README.md'
-    if not file.is_file(): return ''
-    with file.open(encoding='utf-8', errors='replace') as f: return f.read(1 << 20)
-
 # %% ../../../nbs/reference/formats.ipynb #tktable1
 def _tokenizer_table(
     folder:Path, # of an adapter
@@ -881,7 +876,7 @@ def read(
     factors, left_out = _factors(tensors)
     found = READERS[_kind(config)](factors, config, file)
     adapter = replace(strip_adapter(found, file), base=config.base_model_name_or_path or '', rows=rows, weights=weights,
-                      skipped=found.skipped | skipped | left_out, card=_read_card(folder),
+                      skipped=found.skipped | skipped | left_out, **read_beside(folder),
                       source=_source(name, file, config), tokenizer=_tokenizer_reader(folder, tensors),
                       added_tokens=partial(_added_tokens, folder) if (folder/'tokenizer.json').is_file() else None)
     paths = {_path_of_factor(key) for key in tensors} | {split_expert(path)[0] for path in found.updates}
@@ -1138,11 +1133,11 @@ def write(
     folder:Path,         # an empty directory
     compact:bool=False,  # a rank for each module, instead of one for all?
 ):
-    "Write adapter_config.json, adapter_model.safetensors and README.md; raises `ValueError` for no update"
+    "Write adapter_config.json, adapter_model.safetensors and what lies beside; raises `ValueError` for no update"
     _write_config(adapter_config(adapter, compact), folder)
     names = _other_names(adapter)
     tensors = {_rename_key(key, names): t for key, t in _adapter_tensors(adapter, compact).items()}
     metadata = {_NAMES: json.dumps({file: path for path, file in names.items()})} if names else {}
     save_file(tensors, folder/_WEIGHTS, metadata={'format': 'pt'} | metadata)
     if adapter.tokenizer: adapter.tokenizer().save_pretrained(folder)
-    (folder/'README.md').write_text(adapter.card or EMPTY_CARD, encoding='utf-8')
+    write_beside(adapter, folder, 'peft')

@@ -1,0 +1,122 @@
+"""What CPU seconds buy after an upgrade: carried, refitted, refreshed for some steps or in rounds, or trained on labels
+
+One real pair (a model of 135M parameters and an enlargement of it that was trained on) and three tiny ones. Every run
+is kept as soon as it is made; started again, the command goes on with those that are missing.
+"""
+from real import ADAPTER, CACHE, MODEL, prepare, say, train
+import random, time
+from functools import cache
+import torch
+from hop import make_successor, PLACE, sums
+from tqdm.auto import tqdm
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import data_dir
+from lorasuite.core.loading import load_model
+from lorasuite.stages.alignment import align, Alignment
+from lorasuite.stages.transfer import transfer
+from lorasuite.training.evaluate import evaluate
+from lorasuite.training.examples import load_data
+from lorasuite.training.finetune import finetune
+from lorasuite.training.refresh import distillation_data, refresh
+from lorasuite.training.rounds import refresh_in_rounds
+from lorasuite.training.refit import best_refit
+from lorasuite.lab.store import collect, RunLog, select_runs
+
+FILE = CACHE/'minutes.jsonl'
+RESULTS = data_dir()/'minutes.json'
+KEY = ('pair', 'way', 'split', 'questions', 'steps', 'lr', 'seed')
+CPU = dict(device=torch.device('cpu'), dtype=torch.float32)
+SEEDS = range(2)
+PAIRS = { # pair: rate of a refresh; questions and steps of refreshes; steps and rates of LoRAs on 100 and on all labels
+    'new': (1e-3, {64: (5, 10, 20, 50, 100, 200), 300: (5, 20, 100, 200)}, {100: 100, None: 300}, (1e-3, 3e-3, 1e-2)),
+    'new-far': (1e-3, {64: (5, 10, 20, 50, 100, 200), 300: (5, 20, 100, 200)}, {100: 100, None: 300},
+                (1e-3, 3e-3, 1e-2)),
+    'stranger': (3e-3, {64: (20, 100, 200), 300: (20, 100, 200)}, {100: 100, None: 300}, (1e-3, 3e-3, 1e-2)),
+    'gentle': (3e-4, {64: (5, 10, 20, 40, 80), 300: (10, 40, 160)}, {100: 20, None: 40}, (3e-4, 1e-3, 3e-3))}
+
+def timed(make) -> tuple: # what was made, CPU seconds
+    begin = time.process_time()
+    made = make()
+    return made, time.process_time() - begin
+
+class Pair:
+    "Two models, an adapter of the first, and a task"
+    def __init__(self, name:str):
+        self.name, real = name, name == 'gentle'
+        self.rate, self.refreshes, self.labels, self.rates = PAIRS[name]
+        self.old = load_model(MODEL, **CPU) if real else load_model('zoo/old')
+        self.new = load_model(PLACE/name, **CPU) if real else load_model(f'zoo/{name}')
+        self.source = Adapter.load(ADAPTER if real else 'zoo/adapter')
+        self.data = sums() if real else {split: load_data(data_dir()/'zoo'/f'{split}.jsonl')
+                                         for split in ('train', 'validation', 'test')}
+        self.data = dict(inputs=self.data['train']) | self.data
+        self.rank = max(len(A) for A, _ in self.source.updates.values())
+
+    @cache
+    def alignment(self) -> Alignment:
+        "The maps, kept beside the runs"
+        file = CACHE/'minutes'/self.name
+        if not file.is_dir(): align(self.old, self.new).save(file)
+        return Alignment.load(file)
+    @cache
+    def carried(self) -> Adapter: return transfer(self.source, self.alignment())
+    @cache
+    def lessons(self, questions:int, seed:int) -> tuple: # lessons, CPU seconds
+        asked = random.Random(seed).sample(self.data['inputs'], questions)
+        return timed(lambda: distillation_data(self.old, asked, self.source))
+
+    def make(self, way:str, questions:int, steps:int, lr:float, seed:int) -> tuple: # adapter, CPU seconds before, steps
+        "Make a specialist"
+        start = None if self.name == 'stranger' else self.carried()
+        if way in ('base', 'specialist'): return None, 0., 0
+        if way == 'carried': return self.carried(), 0., 0
+        if way == 'refitted':
+            asked = random.Random(seed).sample(self.data['inputs'], questions)
+            return best_refit(self.source, self.alignment(), self.old, self.new, asked), 0., 0
+        how = dict(lr=lr, rank=self.rank, seed=seed)
+        if way == 'labels':
+            rows = random.Random(seed).sample(self.data['train'], questions) if questions else self.data['train']
+            return finetune(self.new, rows, steps=steps, **how)[0], 0., steps
+        taught, seconds = self.lessons(questions, seed)
+        if way == 'refreshed':
+            return refresh(self.new, taught, start, steps=steps, batch_size=8, **how)[0], seconds, steps
+        adapter, run = refresh_in_rounds(self.new, taught, start, **how)
+        return adapter, seconds, len(run)
+
+    def row(self, way:str, split:str, questions:int|None, steps:int, lr:float, seed:int) -> dict:
+        "A run, and how well its specialist answers"
+        if way in ('refreshed', 'rounds'): self.lessons(questions, seed)
+        (adapter, before, made), seconds = timed(lambda: self.make(way, questions, steps, lr, seed))
+        old = way == 'specialist'
+        score = evaluate(self.old if old else self.new, self.data[split], self.source if old else adapter)
+        return dict(pair=self.name, way=way, split=split, questions=questions, steps=steps, lr=lr, seed=seed,
+                    made=made, before=round(before, 2), seconds=round(seconds, 2), accuracy=score.accuracy)
+
+def runs_of(pair:Pair, rows:list[dict]):
+    "The runs of a pair, cheap ones first; those with labels at the rate that was best on validation questions"
+    yield from (('specialist', 'test', 0, 0, 0., 0), ('base', 'test', 0, 0, 0., 0))
+    if pair.name != 'stranger': yield 'carried', 'test', 0, 0, 0., 0
+    for questions, steps in pair.refreshes.items():
+        yield from (('refreshed', 'test', questions, n, pair.rate, seed) for seed in SEEDS for n in steps)
+        yield from (('rounds', 'test', questions, 0, pair.rate, seed) for seed in SEEDS)
+    for labels, steps in pair.labels.items():
+        yield from (('labels', 'validation', labels, steps, lr, 100) for lr in pair.rates)
+        tried = select_runs(rows, pair=pair.name, way='labels', split='validation', questions=labels)
+        best = max(tried, key=lambda row: row['accuracy'])['lr']
+        yield from (('labels', 'test', labels, steps, best, seed) for seed in SEEDS)
+    if pair.name != 'stranger': yield from (('refitted', 'test', 64, 0, 0., seed) for seed in SEEDS)
+
+def main():
+    say('SmolLM2-135M from its wheel, its adapter for sums, and its successor')
+    prepare()
+    train(load_model(MODEL, **CPU))
+    make_successor('gentle')
+    log = RunLog(FILE, KEY, 'make minutes')
+    for name in PAIRS:
+        pair = Pair(name)
+        for how in tqdm(runs_of(pair, log.rows), name):
+            way, split, questions, *rest = how
+            log.add((name, *how), lambda: pair.row(way, split, questions, *rest))
+    collect(log.rows, RESULTS, 'make minutes')
+
+if __name__ == '__main__': main()

@@ -1,0 +1,155 @@
+"""Rounds of a training: when they end, what they save, and what an interrupted one goes on with"""
+import json
+import pytest
+from test_finetune import launch
+from typer.testing import CliRunner
+from lorasuite.cli import app
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import data_dir
+from lorasuite.core.loading import load_model
+from lorasuite.training import rounds as module
+from lorasuite.training.evaluate import pad_id
+from lorasuite.training.examples import load_data
+from lorasuite.training.prompts import Renderer
+from lorasuite.training.refresh import (
+    answer_rows, distillation_data, Overheard, pseudo_label, refresh, teacher_top_k
+)
+from lorasuite.training.rounds import mean_chance, refresh_in_rounds
+from lorasuite.training.trainer import LightTrainer
+
+LINES = (data_dir()/'zoo'/'train.jsonl').read_text().splitlines(keepends=True)
+
+def run(*args): return CliRunner().invoke(app, [str(a) for a in args])
+
+@pytest.fixture(scope='module')
+def zoo(): return {n: load_model(f'zoo/{n}') for n in ('old', 'new', 'stranger')}
+
+@pytest.fixture(scope='module')
+def specialist(): return Adapter.load('zoo/adapter')
+
+@pytest.fixture(scope='module')
+def taught(zoo, specialist):
+    return distillation_data(zoo['old'], load_data(data_dir()/'zoo'/'train.jsonl', labelled=False)[:48], specialist)
+
+@pytest.fixture
+def clock(monkeypatch):
+    "A clock on which every look takes a second: rounds end at the same steps on every machine"
+    class Clock:
+        now = 0.
+        def perf_counter(self):
+            self.now += 1.
+            return self.now
+    monkeypatch.setattr(module, 'time', Clock())
+
+def judged(monkeypatch, *chances):
+    "Chances that are measured one after another, the last for ever"
+    left = [*chances]
+    monkeypatch.setattr(module, 'mean_chance', lambda *args: left.pop(0) if len(left) > 1 else left[0])
+
+def bytes_of(adapter): return {path: (A.numpy().tobytes(), B.numpy().tobytes()) for path, (A, B) in
+                               adapter.updates.items()}
+
+@pytest.mark.parametrize('chances, steps', [((.5, .5), 16), ((.5, .6, .6), 32), ((.5, .5, .6, .6), 64),
+                                            ((.5, .6, .7, .8, .9, .9), 192)])
+def test_two_rounds_without_gain_end_it(zoo, taught, clock, monkeypatch, chances, steps):
+    judged(monkeypatch, *chances)
+    said = []
+    refreshed, losses = refresh_in_rounds(zoo['old'], taught, batch_size=2, say=said.append)
+    assert len(losses) == steps and len(said) == len(losses.chances) - 1 and said[-1].endswith('the last round')
+    assert f'{steps} steps' in refreshed.card and '6 lessons kept aside' in refreshed.card
+
+def test_a_training_in_rounds_is_one_of_the_lessons_left(zoo, taught, clock, monkeypatch):
+    "A single round of eight steps, by hand: the rate falls, one lesson in eight is not learned"
+    judged(monkeypatch, .5)
+    first = refresh_in_rounds(zoo['old'], taught, seconds=1e-3, rank=4)
+    learned = [e for i, e in enumerate(taught) if i % 8]
+    by_hand = refresh(zoo['old'], learned, steps=8, batch_size=8, rank=4, warmup_steps=0)
+    assert first[1] == by_hand[1] and bytes_of(first[0]) == bytes_of(by_hand[0])
+
+def test_the_time_is_kept(zoo, taught, clock, monkeypatch):
+    "A look takes a second: after 16 steps and three looks, eight steps fit into the 1.5 s that are left, then three"
+    judged(monkeypatch, .1, .2, .3, .4, .5, .6, .7, .8, .9)
+    _, losses = refresh_in_rounds(zoo['old'], taught, seconds=4.5, batch_size=2)
+    assert [*losses.chances] == [0, 8, 16, 24, 27]
+
+def test_an_interrupted_training_goes_on_with_its_last_round(zoo, taught, clock, monkeypatch, tmp_path):
+    def go():
+        judged(monkeypatch, .1, .2, .3, .3, .3)
+        return refresh_in_rounds(zoo['new'], taught, batch_size=2, rank=4, checkpoints=tmp_path/'checkpoints')
+    whole = go()
+    step, made = LightTrainer.training_step, []
+    def stop(self, *args, **kwargs):
+        made.append(1)
+        if len(made) == 20: raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+    monkeypatch.setattr(LightTrainer, 'training_step', stop)
+    other = tmp_path/'other'
+    judged(monkeypatch, .1, .2, .3, .3, .3)
+    how = dict(batch_size=2, rank=4, checkpoints=other)
+    with pytest.raises(KeyboardInterrupt): refresh_in_rounds(zoo['new'], taught, **how)
+    assert {p.name for p in other.glob('checkpoint-*')} == {'checkpoint-8', 'checkpoint-16'}
+    judged(monkeypatch, .3, .3)
+    again = refresh_in_rounds(zoo['new'], taught, **how)
+    assert again[1] == whole[1] and again[1].chances == whole[1].chances
+    assert bytes_of(again[0]) == bytes_of(whole[0])
+
+def test_other_lessons_are_another_run(zoo, taught, clock, monkeypatch, tmp_path):
+    judged(monkeypatch, .1, .2, .2)
+    step, made = LightTrainer.training_step, []
+    def stop(self, *args, **kwargs):
+        made.append(1)
+        if len(made) == 10: raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+    monkeypatch.setattr(LightTrainer, 'training_step', stop)
+    with pytest.raises(KeyboardInterrupt):
+        refresh_in_rounds(zoo['new'], taught, batch_size=2, rank=4, checkpoints=tmp_path/'checkpoints')
+    with pytest.raises(ValueError, match='interrupted run that differs from this one'):
+        refresh_in_rounds(zoo['new'], [*taught][::-1], batch_size=2, rank=4, checkpoints=tmp_path/'checkpoints')
+
+def test_the_chance_is_that_of_the_answers(zoo, taught, specialist):
+    "The specialist gives its own answers the chance that its lessons say"
+    rows = answer_rows(Renderer.of(zoo['old']), [*taught])
+    with specialist.on(zoo['old']) as model: found = mean_chance(model, zoo['old'].tokenizer, rows)
+    def own(note):
+        chances = [dict(zip(o, c))[t] for t, o, c in zip(note['tokens'], note['options'], note['chances'])]
+        product = 1.
+        for chance in chances: product *= chance
+        return product**(1/len(chances))
+    assert found == pytest.approx(sum(map(own, taught))/len(taught), rel=1e-4)
+    assert not zoo['old'].model.training
+
+def test_what_is_overheard_is_what_is_read(zoo, specialist):
+    "Prompts of unlike lengths, an answer twice, and one that is no answer of the model"
+    old, questions = zoo['old'], load_data(data_dir()/'zoo'/'train.jsonl', labelled=False)[:20]
+    questions += [questions[0], dict(instruction=questions[1]['instruction'] + ' Say it again, please, and slowly.')]
+    heard = Overheard(8, pad_id(old.tokenizer))
+    with specialist.on(old) as model:
+        examples = pseudo_label(model, old.tokenizer, questions, listener=heard)
+        rows = answer_rows(Renderer(old.tokenizer), examples)
+        assert sum(heard.at(row) is not None for row in rows) == len(rows)
+        other = examples[0] | dict(output='Nowhere', answer='Nowhere')
+        assert heard.at(answer_rows(Renderer(old.tokenizer), [other])[0]) is None
+        listened = teacher_top_k(model, old.tokenizer, [*examples, other], 8, heard=heard)
+        read = teacher_top_k(model, old.tokenizer, [*examples, other], 8)
+    for a, b in zip(listened, read, strict=True):
+        assert a['tokens'] == b['tokens']
+        for o, c, o2, c2 in zip(a['options'], a['chances'], b['options'], b['chances'], strict=True):
+            assert dict(zip(o, c)) == pytest.approx(dict(zip(o2, c2)), abs=1e-5)
+
+@pytest.mark.parametrize('options, message', [
+    (['--budget', '5'], "--budget '5' is no duration: write it as 90s, 5m or 1.5h"),
+    (['--budget', '5m', '--steps', 3], '--budget cannot apply beside --steps'),
+    (['--budget', '5m', '--epochs', 3], '--budget cannot apply beside --epochs')])
+def test_budgets_that_cannot_be(tmp_path, options, message):
+    command = ['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', 'zoo/test.jsonl', '-o', tmp_path/'o']
+    result = run(*command, *options)
+    assert result.exit_code == 2 and message in result.stderr and not [*tmp_path.iterdir()]
+
+def test_two_processes_stop_together(tmp_path):
+    (tmp_path/'asked.jsonl').write_text(''.join(LINES[:32]))
+    running = launch(['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', str(tmp_path/'asked.jsonl'),
+                      '-o', str(tmp_path/'out'), '--budget', '4s', '--json'])
+    out, err = running.communicate(timeout=240)
+    assert running.returncode == 0, err[-3000:]
+    assert json.loads(out)['steps'] >= 8 and 'after 8 steps' in err
+    assert {p.name for p in tmp_path.iterdir()} == {'asked.jsonl', 'out'}

@@ -1,0 +1,129 @@
+"""Chat templates beside adapters: kept where a model was trained through one, and used when the adapter is put on"""
+import copy, hashlib, json, shutil
+from dataclasses import replace
+import pytest
+from peft import PeftModel
+from test_cli import report, run, ZOO
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.loading import load_model
+from lorasuite.core.model import Decoder
+from lorasuite.stages.alignment import align
+from lorasuite.stages.many import carry_whole
+from lorasuite.training.evaluate import evaluate
+from lorasuite.training.examples import load_data
+from lorasuite.training.finetune import finetune
+from lorasuite.training.prompts import Prompts, Renderer
+from lorasuite.training.refresh import distillation_data, refresh
+from lorasuite.training.upgrade import upgrade
+
+ASKED = "{% if m['role'] == 'user' %}Ask: {{ m['content'] }}\nSay:{% else %} {{ m['content'] }}<eos>{% endif %}"
+TEMPLATE = '{% for m in messages %}' + ASKED + '{% endfor %}'
+AS_TRAINED = TEMPLATE.replace('Ask', 'Question').replace('Say', 'Answer') # the form of the tiny adapter
+SHA256 = hashlib.sha256(TEMPLATE.encode()).hexdigest()
+QUESTION = dict(instruction='Who keeps a cat?')
+
+@pytest.fixture(scope='module')
+def data(): return load_data('zoo/train.jsonl')
+
+@pytest.fixture(scope='module')
+def maps(): return align('zoo/old', 'zoo/new')
+
+@pytest.fixture
+def chatty(tmp_path):
+    "The tiny adapter with a template beside it, as Unsloth, TRL and Axolotl leave one"
+    shutil.copytree(ZOO/'adapter', tmp_path/'chatty')
+    (tmp_path/'chatty'/'chat_template.jinja').write_text(AS_TRAINED)
+    return tmp_path/'chatty'
+
+def with_own(name, template):
+    "A tiny model whose tokenizer has a chat template"
+    model = load_model(name)
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.chat_template = template
+    return Decoder(model.model, tokenizer, name)
+
+def test_a_given_template_is_kept_and_used(tmp_path):
+    (tmp_path/'t.jinja').write_text(TEMPLATE)
+    few, short = ('--data', 'zoo/train.jsonl'), ('--steps', 2)
+    said = report('finetune', 'zoo/new', *few, *short, '--chat-template', tmp_path/'t.jinja', '-o', tmp_path/'a')
+    assert said['prompt'] == 'given chat template'
+    assert (tmp_path/'a'/'chat_template.jinja').read_text() == TEMPLATE
+    card = (tmp_path/'a'/'README.md').read_text()
+    assert f'`given chat template`, kept as `chat_template.jinja`, SHA-256 `{SHA256}`.' in card
+    PeftModel.from_pretrained(load_model('zoo/new').model, str(tmp_path/'a'))
+    asked = ('evaluate', 'zoo/new', '--adapter', tmp_path/'a', '--data', 'zoo/test.jsonl')
+    assert report(*asked)['prompt'] == "adapter's chat template"
+    assert report(*asked, '--prompt', 'qa')['prompt'] == "plain prompt 'Question: {instruction}\\nAnswer:'"
+    said = report('finetune', 'zoo/new', tmp_path/'a', *few, *short, '-o', tmp_path/'b')
+    assert said['prompt'] == "adapter's chat template"
+    assert (tmp_path/'b'/'chat_template.jinja').read_text() == TEMPLATE
+    report('finetune', 'zoo/new', tmp_path/'a', *few, *short, '--prompt', 'qa', '-o', tmp_path/'c')
+    assert not (tmp_path/'c'/'chat_template.jinja').exists()
+
+def test_the_template_beside_a_specialist_is_used(chatty):
+    "The tiny adapter answers as it was trained, through a template that writes the same, and worse through another"
+    test, old = load_data('zoo/test.jsonl')[:60], load_model('zoo/old')
+    plain = evaluate(old, test, Adapter.load('zoo/adapter'))
+    (chatty/'chat_template.jinja').write_text('{{ bos_token }}' + AS_TRAINED)
+    assert evaluate(old, test, Adapter.load(chatty)).answers == plain.answers and plain.accuracy > .9
+    other = replace(Adapter.load(chatty), chat_template=TEMPLATE)
+    assert evaluate(old, test, other).accuracy < .5
+    assert evaluate(old, test, other, prompts=Prompts('qa')).answers == plain.answers
+    assert distillation_data(old, test[:4], other)['answer'] != distillation_data(old, test[:4])['answer']
+
+def test_older_files_of_tokenizers(chatty):
+    (chatty/'chat_template.jinja').unlink()
+    for said in (AS_TRAINED, [dict(name='tools', template='x'), dict(name='default', template=AS_TRAINED)]):
+        (chatty/'tokenizer_config.json').write_text(json.dumps(dict(chat_template=said)))
+        assert Adapter.load(chatty).chat_template == AS_TRAINED
+    for text in ('{', '[]', '{"chat_template": 3}', '{"chat_template": [3]}', '{}'):
+        (chatty/'tokenizer_config.json').write_text(text)
+        assert Adapter.load(chatty).chat_template == ''
+
+def test_a_carried_adapter_keeps_it_for_a_model_without_one(chatty, maps, tmp_path):
+    carried = carry_whole(Adapter.load(chatty), maps)
+    assert carried.chat_template == AS_TRAINED and 'kept beside it, `zoo/new` has none\n  - SHA-256 `' in carried.card
+    carried.save(tmp_path/'out')
+    assert Adapter.load(tmp_path/'out').chat_template == AS_TRAINED
+    new = with_own('zoo/new', TEMPLATE)
+    upgraded, _ = upgrade('zoo/old', new, chatty)
+    assert not upgraded.chat_template and 'left out, `zoo/new` has its own' in upgraded.card
+    assert str(Renderer.of(new, None, upgraded)) == 'own chat template'
+    assert not carry_whole(Adapter.load('zoo/adapter'), maps).chat_template
+
+def test_a_refit_asks_both_models_rightly(chatty, data, maps):
+    questions = [dict(instruction=e['instruction']) for e in data[:12]]
+    upgraded, _ = upgrade('zoo/old', 'zoo/new', chatty, inputs=questions)
+    plain, _ = upgrade('zoo/old', 'zoo/new', 'zoo/adapter', inputs=questions)
+    assert all(upgraded.delta(path).equal(plain.delta(path)) for path in plain.updates) # the same texts
+    assert upgraded.chat_template == AS_TRAINED and plain.chat_template == ''
+    assert "old model, asked for the refit: form of the prompts: `adapter's chat template`, kept" in upgraded.card
+    assert 'new model, asked for the refit: form of the prompts: `plain prompt' in plain.card
+    upgraded, _ = upgrade('zoo/old', 'zoo/new', chatty, inputs=questions, prompts=(None, Prompts(template=TEMPLATE)))
+    assert upgraded.chat_template == TEMPLATE and SHA256 in upgraded.card
+
+def test_a_refreshed_student_is_asked_like_its_teacher(chatty, data):
+    new, specialist = load_model('zoo/new'), Adapter.load(chatty)
+    settings = dict(steps=1, specialist=specialist)
+    assert refresh(new, data[:8], **settings)[0].chat_template == AS_TRAINED
+    assert refresh(new, data[:8], prompts=Prompts('qa'), **settings)[0].chat_template == ''
+    assert refresh(with_own('zoo/new', TEMPLATE), data[:8], **settings)[0].chat_template == ''
+
+def test_texts_are_asked_in_no_form():
+    new = load_model('zoo/new')
+    for rows, form in (([dict(text='Ann keeps a cat.')], 'none, texts as they stand'),
+                       ([dict(prompt='2 + 2 =', output=' 4')], 'as they stand in the data')):
+        assert f'Form of the prompts: {form}.' in finetune(new, rows, steps=1)[0].card
+
+def test_a_template_that_cannot_be_used_is_refused_before_any_work(chatty):
+    (chatty/'chat_template.jinja').write_text('{{ "hello" }}')
+    done = run('evaluate', 'zoo/old', '--adapter', chatty, '--data', 'zoo/test.jsonl')
+    assert done.exit_code == 2 and 'does not write what the user says: give another with --chat-template' in done.stderr
+
+def test_the_card_of_an_upgrade_with_data(data):
+    questions = [dict(instruction=e['instruction']) for e in data[:6]]
+    card = upgrade('zoo/old', 'zoo/new', 'zoo/adapter', data[:16], questions, steps=1)[0].card
+    assert 'from 28 updates; the transfer itself used no label.' in card and 'without any label' not in card
+    assert '(updates untrained after the transfer): 2, 4' in card
+    assert 'Tuned afterwards on 16 labelled examples: 1 steps' in card
+    assert card.count('Form of the prompts: `plain') == 1
