@@ -710,7 +710,6 @@ def _check_refresh(
     if start: check_base(start, new)
     return check_prompts(old, new, labelled, questions, prompts, specialist, start)
 
-
 # %% ../nbs/reference/cli.ipynb #refone3
 def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, data, lessons, options) -> dict:
     "Refresh a single adapter; the old model is let go before the training"

@@ -14,6 +14,7 @@ from lorasuite.training.prompts import Renderer
 from lorasuite.training.refresh import (
     answer_rows, distillation_data, Overheard, pseudo_label, refresh, teacher_top_k
 )
+from lorasuite.training.refresh_many import learn_lessons, RefreshOptions
 from lorasuite.training.rounds import mean_chance, refresh_in_rounds
 from lorasuite.training.trainer import LightTrainer
 
@@ -46,6 +47,15 @@ def judged(monkeypatch, *chances):
     left = [*chances]
     monkeypatch.setattr(module, 'mean_chance', lambda *args: left.pop(0) if len(left) > 1 else left[0])
 
+def interrupted(monkeypatch, at):
+    "A training that is interrupted once, at a step"
+    step, made = LightTrainer.training_step, []
+    def stop(self, *args, **kwargs):
+        made.append(1)
+        if len(made) == at: raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+    monkeypatch.setattr(LightTrainer, 'training_step', stop)
+
 def bytes_of(adapter): return {path: (A.numpy().tobytes(), B.numpy().tobytes()) for path, (A, B) in
                                adapter.updates.items()}
 
@@ -72,17 +82,18 @@ def test_the_time_is_kept(zoo, taught, clock, monkeypatch):
     _, losses = refresh_in_rounds(zoo['old'], taught, seconds=4.5, batch_size=2)
     assert [*losses.chances] == [0, 8, 16, 24, 27]
 
+def test_lessons_that_took_the_whole_budget_leave_one_round(zoo, taught, specialist, clock, monkeypatch, tmp_path):
+    judged(monkeypatch, .1, .2, .3, .4)
+    how = dict(options=RefreshOptions(budget=5.), checkpoints=tmp_path/'checkpoints', spent=7.)
+    _, losses = learn_lessons(zoo['new'], taught, specialist, None, [], **how)
+    assert len(losses) == 8
+
 def test_an_interrupted_training_goes_on_with_its_last_round(zoo, taught, clock, monkeypatch, tmp_path):
     def go():
         judged(monkeypatch, .1, .2, .3, .3, .3)
         return refresh_in_rounds(zoo['new'], taught, batch_size=2, rank=4, checkpoints=tmp_path/'checkpoints')
     whole = go()
-    step, made = LightTrainer.training_step, []
-    def stop(self, *args, **kwargs):
-        made.append(1)
-        if len(made) == 20: raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-    monkeypatch.setattr(LightTrainer, 'training_step', stop)
+    interrupted(monkeypatch, 20)
     other = tmp_path/'other'
     judged(monkeypatch, .1, .2, .3, .3, .3)
     how = dict(batch_size=2, rank=4, checkpoints=other)
@@ -95,12 +106,7 @@ def test_an_interrupted_training_goes_on_with_its_last_round(zoo, taught, clock,
 
 def test_other_lessons_are_another_run(zoo, taught, clock, monkeypatch, tmp_path):
     judged(monkeypatch, .1, .2, .2)
-    step, made = LightTrainer.training_step, []
-    def stop(self, *args, **kwargs):
-        made.append(1)
-        if len(made) == 10: raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-    monkeypatch.setattr(LightTrainer, 'training_step', stop)
+    interrupted(monkeypatch, 10)
     with pytest.raises(KeyboardInterrupt):
         refresh_in_rounds(zoo['new'], taught, batch_size=2, rank=4, checkpoints=tmp_path/'checkpoints')
     with pytest.raises(ValueError, match='interrupted run that differs from this one'):

@@ -216,7 +216,6 @@ def _beside_updates(
     found['whole weights'] = len(adapter.weights)
     return {name: count for name, count in found.items() if count}
 
-
 # %% ../../nbs/course/02_adapter.ipynb #numbersfn
 def _numbers(
     adapter:Adapter, # any adapter
@@ -226,7 +225,6 @@ def _numbers(
     rows = [rows for _, rows in adapter.rows.values()]
     others = [*adapter.magnitudes.values(), *adapter.biases.values(), *adapter.weights.values()]
     return sum(t.numel() for t in pairs + rows + others)
-
 
 # %% ../../nbs/course/02_adapter.ipynb #24187c9e
 def _pair(

@@ -448,7 +448,6 @@ def _separate_experts(
         if any(rows) and min(rows) < 2: found += inside
     return found
 
-
 # %% ../../nbs/reference/architecture.ipynb #detect1
 class _Detection:
     "What is found out about one block, part by part"

@@ -185,7 +185,6 @@ def _read_start(
     if not file.is_file(): return ''
     with file.open(encoding='utf-8', errors='replace') as f: return f.read(1 << 20)
 
-
 # %% ../../nbs/reference/containers.ipynb #beside02
 def _read_template(
     folder:Path, # of an adapter
@@ -198,7 +197,6 @@ def _read_template(
         if isinstance(found, str): return found
     return ''
 
-
 # %% ../../nbs/reference/containers.ipynb #beside03
 @checked()
 def read_beside(
@@ -206,4 +204,3 @@ def read_beside(
 ) -> dict[str, str]: # `card` and `chat_template`, empty where there is none
     "What is said of an adapter, and how its model is asked"
     return dict(card=_read_start(folder/'README.md'), chat_template=_read_template(folder))
-

@@ -229,7 +229,6 @@ def named_card(
     "A card that names the library of a format in its head"
     return re.sub(r'\A(---\n(?:.*\n)*?library_name: )(?:peft|mlx|gguf)\n', rf'\g<1>{library}\n', card or EMPTY_CARD)
 
-
 # %% ../../nbs/reference/ranks.ipynb #rkbes004
 @checked()
 def write_beside(
@@ -240,7 +239,6 @@ def write_beside(
     "Write README.md and, where the adapter has a chat template, chat_template.jinja"
     (folder/'README.md').write_text(named_card(adapter.card, library), encoding='utf-8')
     if adapter.chat_template: (folder/'chat_template.jinja').write_text(adapter.chat_template, encoding='utf-8')
-
 
 # %% ../../nbs/reference/ranks.ipynb #rkcheckfn
 @checked()

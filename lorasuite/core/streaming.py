@@ -137,7 +137,6 @@ def check_finite_weights(
         if p.detach().sum(dtype=torch.float32).isfinite() or p.isfinite().all(): continue
         raise ValueError(f'{name}: {key} has values that are not finite: the file is damaged, fetch the model again')
 
-
 # %% ../../nbs/reference/streaming.ipynb #3ca354b2
 class _Stopped(BaseException): "The reading of a batch was given up"
 

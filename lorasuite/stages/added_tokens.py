@@ -354,7 +354,6 @@ def keep_template(
     card = f'{said}: kept beside it, {model} has none\n  - SHA-256 `{sha256}`\n'
     return replace(carried, chat_template=adapter.chat_template, card=card)
 
-
 # %% ../../nbs/reference/added_tokens.ipynb #atfore02
 @checked()
 def expected_tokens(

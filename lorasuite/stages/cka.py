@@ -156,7 +156,6 @@ def paired_batches(
     raise ValueError('the probe texts have fewer than 4 positions at which both tokenizers end a token: '
                      'give longer texts')
 
-
 # %% ../../nbs/course/06_cka.ipynb #139620e9
 @checked()
 def activations_by_layer(
@@ -174,7 +173,6 @@ def activations_by_layer(
             _check_finite(decoder.name, found)
             for key, x in found.items(): yield key, i, x
 
-
 # %% ../../nbs/course/06_cka.ipynb #13c38922
 @cache
 def _above_diagonal(
@@ -183,7 +181,6 @@ def _above_diagonal(
     "The entries above the diagonal"
     rows, columns = torch.triu_indices(n, n, 1)
     return rows*n + columns
-
 
 # %% ../../nbs/course/06_cka.ipynb #featuresfn
 @checked(X='n features')
@@ -237,7 +234,6 @@ def _cosines_of_features(
         cross = cross + (A@B.T).double()
         own, own2 = own + A.pow(2).sum(1).double(), own2 + B.pow(2).sum(1).double()
     return (cross/(own[:, None]*own2).sqrt().clamp_min(1e-30)).float()
-
 
 # %% ../../nbs/course/06_cka.ipynb #meanfn
 def _mean_over_kinds(

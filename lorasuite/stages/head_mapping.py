@@ -63,7 +63,6 @@ def head_rows(
     see = lambda role: block.by_head(role, seen=out if role == 'o' else read, repeat=False)
     return {role: see(role) for role in 'qkvgo' if role in block.roles}
 
-
 # %% ../../nbs/course/08_head_mapping.ipynb #chkrolerows1
 def _check_rows(
     roles:Iterable[str],        # that are compared

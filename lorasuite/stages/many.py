@@ -613,7 +613,6 @@ def _head(
     "The columns of the table"
     return 'adapter', 'status', 'carried', 'skipped', 'energy kept', *['rank error']*cut, 'seconds', 'error'
 
-
 # %% ../../nbs/reference/many.ipynb #manytablefn1
 def _cells(
     row:dict,       # line of a report

@@ -70,7 +70,7 @@ def _base_of(
 def _difference(
     adapter:Adapter,    # any
     name:str,           # of the model that it shall be put on
-) -> tuple[str, str]|None: # in words, and what to do; `None` where nothing disagrees
+) -> tuple[str, str, str]|None: # files, revision or name: which differs; in words; the base to give; `None` for none
     "How a model differs from the one that an adapter was trained on"
     revision = adapter.source.get('base_revision')
     known = recorded_base(adapter.card) or revision
@@ -81,14 +81,14 @@ def _difference(
     if same is False:
         which = f'{base} (revision {revision})' if revision else base
         wanted = f'{base}@{revision}' if revision else 'the model that it was made for' if base == name else base
-        return f'WRONG BASE? the weight files of {name} are not those of {which} that the adapter was made for', wanted
+        what = f'WRONG BASE? the weight files of {name} are not those of {which} that the adapter was made for'
+        return 'files', what, wanted
     def family(model): return PurePath(unquantised_name(str(model))).name.lower()
     if same is None and revision and not recorded_base(adapter.card):
-        return f'the adapter was trained on the revision {revision} of {base}, which {name} may not be', \
-               f'{base}@{revision}'
+        what = f'the adapter was trained on the revision {revision} of {base}, which {name} may not be'
+        return 'revision', what, f'{base}@{revision}'
     if same or _same_name(base, name) or family(base) == family(name): return None
-    return f'the adapter was trained on {base}, which may be another model than {name}', base
-
+    return 'name', f'the adapter was trained on {base}, which may be another model than {name}', base
 
 # %% ../../nbs/reference/pairing.ipynb #basedoubt1
 @checked()
@@ -99,12 +99,11 @@ def base_doubt(
     "Is this another model than the adapter was trained on?"
     found = _difference(adapter, str(name))
     if not found: return None
-    what, wanted = found
-    if 'may be another' in what: return what
-    if not what.startswith('WRONG BASE'): return f'{what}: give {wanted}'
+    kind, what, wanted = found
+    if kind == 'name': return what
+    if kind == 'revision': return f'{what}: give {wanted}'
     again = '' if same_weights(adapter.base, str(name)) is False else ', unless the same weights were saved again'
     return f'{what}: the adapter will hardly work here{again}; give {wanted}'
-
 
 # %% ../../nbs/reference/pairing.ipynb #6b760fc3
 def _is_swapped(
@@ -117,11 +116,10 @@ def _is_swapped(
     decoder = new if isinstance(new, Decoder) else load_skeleton(new)
     doubt = _difference(adapter, str(decoder.name))
     if adapter.base and not doubt: return True
-    if not misfit or doubt and doubt[0].startswith('WRONG BASE'): return False
+    if not misfit or doubt and doubt[0] == 'files': return False
     try: check_source(adapter, model_info(decoder))
     except ValueError: return False
     return True
-
 
 # %% ../../nbs/reference/pairing.ipynb #namebase1
 _QUESTION = re.compile(r': was (it|the adapter) trained on another model[^?]*\?$')
@@ -137,10 +135,9 @@ def _misfit(
     if who and who not in fault: fault = f'{who}: {fault}'
     found, swapped = _difference(adapter, name), _is_swapped(adapter, new)
     if not found and not swapped: return fault
-    what, wanted = found or ('the adapter fits NEW', '')
+    _, what, wanted = found or ('', 'the adapter fits NEW', '')
     short = _QUESTION.sub(': this is another model', fault)
     return f'{short}. {what}: ' + ('are OLD and NEW swapped?' if swapped else f'give {wanted}')
-
 
 # %% ../../nbs/reference/pairing.ipynb #namebase3
 @checked()
@@ -154,7 +151,6 @@ def naming_base(
     try: yield
     except ValueError as e: raise ValueError(_misfit(str(e), adapter, str(getattr(base, 'name', base)), new)) from None
 
-
 # %% ../../nbs/reference/pairing.ipynb #pairdoubt1
 @checked()
 def pair_doubt(
@@ -165,7 +161,6 @@ def pair_doubt(
     "Is this another model than the adapter was trained on, and is that one the new model?"
     doubt = base_doubt(adapter, getattr(base, 'name', base))
     return f'{doubt}: are OLD and NEW swapped?' if doubt and _is_swapped(adapter, new, misfit=False) else doubt
-
 
 # %% ../../nbs/reference/pairing.ipynb #chkbase01
 @checked()
@@ -185,7 +180,6 @@ def check_base(
             check_fit(named, decoder if isinstance(base, Decoder) else with_tokens(decoder, named))
     doubt = pair_doubt(adapter, base, new)
     if doubt: warnings.warn(doubt)
-
 
 # %% ../../nbs/reference/pairing.ipynb #1da0b4af
 def _stale(

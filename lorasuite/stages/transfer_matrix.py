@@ -51,7 +51,6 @@ def polar_factor(
     U, s, Vt = torch.linalg.svd(C, full_matrices=False)
     return U@Vt, s
 
-
 # %% ../../nbs/course/05_transfer_matrix.ipynb #pairsums
 @dataclass
 class PairSums:
@@ -76,7 +75,6 @@ def sum_pairs(
     gram = (X.T@X).double() if X.shape[1] > Y.shape[1] else None
     squares = [Z.pow(2).sum(dtype=torch.float64).item() for Z in (X, Y)]
     return PairSums((X.T@Y).double(), gram, *squares, len(X))
-
 
 # %% ../../nbs/course/05_transfer_matrix.ipynb #isofn
 @checked()
@@ -147,7 +145,6 @@ def fit_quality(
     s = torch.linalg.svdvals(E.T@E2)
     r2 = 1 - ((E@M - E2).pow(2).sum()/E2.pow(2).sum()).item()
     return dict(shared=len(E), r2=r2, condition=(s[0]/s[-1].clamp_min(1e-300)).sqrt().item())
-
 
 # %% ../../nbs/course/05_transfer_matrix.ipynb #e4608998
 @checked(E='n hidden', E2="n hidden'", M="hidden hidden'")

@@ -68,7 +68,6 @@ def _cut_answer(
     if stop is None or text.startswith('<think>', start): return text.strip() # a thought that does not end
     return (text[:start] + text[start:].split(stop)[0]).strip()
 
-
 # %% ../../nbs/course/15_evaluate.ipynb #e2aad3d1
 _HARMLESS = {'_from_model_config', 'transformers_version', 'bos_token_id', 'eos_token_id', 'pad_token_id', 'use_cache',
              'max_length', 'max_new_tokens', 'output_attentions', 'output_hidden_states', 'return_dict_in_generate'}
@@ -150,7 +149,6 @@ def _with_opened(
     "A continuation, with the mark of a thought that the prompt opens and nothing closes"
     if ended or '</think>' in text or not prompt.rstrip().endswith('<think>'): return text
     return f'<think>\n{text}'
-
 
 # %% ../../nbs/course/15_evaluate.ipynb #2c3d164e
 @checked('prompts', 'stop')

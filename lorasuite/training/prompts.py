@@ -28,7 +28,6 @@ def _is_turn(turn) -> bool:
     "Does it say who speaks, and what?"
     return isinstance(turn, dict) and isinstance(turn.get('role'), str) and bool({'content', 'tool_calls'} & {*turn})
 
-
 # %% ../../nbs/reference/prompts.ipynb #checkexampleb
 def _check_example(
     example:dict, # as `load_data` gives them
@@ -117,7 +116,6 @@ class ThoughtForm:
         answer = answer.partition(closing)[0] if header else answer
         return thought and thought.strip().removeprefix(opening).strip(), answer.strip()
 
-
 # %% ../../nbs/reference/prompts.ipynb #thoughtfm4
 _THINK = ThoughtForm('<think>', '</think>')
 THOUGHT_FORMS = (
@@ -133,7 +131,6 @@ def split_thought(
     "What was thought, and what was said behind it, in whatever form"
     found = (each.split(text) for each in (form, *THOUGHT_FORMS) if each)
     return next((pair for pair in found if pair != (None, text)), (None, text))
-
 
 # %% ../../nbs/reference/prompts.ipynb #c57fd186
 @checked()
@@ -182,7 +179,6 @@ def with_think_marks(
     if not thought: return answer
     return f'<think>\n{thought}\n</think>\n\n{answer}' if answer else f'<think>\n{thought}'
 
-
 # %% ../../nbs/reference/prompts.ipynb #thinkmk3
 _THOUGHT_MARKS = ('<think>', '</think>')
 
@@ -199,7 +195,6 @@ def spoken(
     text = with_think_marks(tokenizer.decode([i for i in ids if i in kept or i not in silent]), form)
     for i in kept & silent.keys(): text = text.replace(silent[i], '')
     return text
-
 
 # %% ../../nbs/reference/prompts.ipynb #thinkfm1
 def _thought_key(
@@ -483,7 +478,6 @@ def _marks_of_key(
     if not (closing.endswith(header) and closing.removesuffix(header).strip()): header = '' # an empty thought
     return ThoughtForm(before[len(_common_start(asked, before)):], closing.removesuffix(header), header)
 
-
 # %% ../../nbs/reference/prompts.ipynb #probeth6
 def _takes_think(
     template:ChatTemplate, # in the making
@@ -493,7 +487,6 @@ def _takes_think(
     try: text = template.render([_turn('user', _USER), _turn('assistant', said)])
     except ValueError: return False
     return _THOUGHT in text and text.count('</think>') == 1
-
 
 # %% ../../nbs/reference/prompts.ipynb #probeth3
 def _probe_thought(
@@ -510,7 +503,6 @@ def _probe_thought(
         warnings.warn(f'the chat template of {template.name} writes thoughts (under {key}) without a mark behind them: '
                       'they cannot be told from answers')
     return None, next((form for form in THOUGHT_FORMS if (form.header or form.closing) in source), None)
-
 
 # %% ../../nbs/reference/prompts.ipynb #thinkmy1
 def _may_think(
@@ -543,7 +535,6 @@ def _last_end(
     last = _up_to_special(template.tail, template)
     ends = template.form and template.end in template.token_ids(template.form.closing)
     return template.token_ids(last)[-1] if last and ends else template.end
-
 
 # %% ../../nbs/reference/prompts.ipynb #c412897d
 def _span_by_prefix(
@@ -740,7 +731,6 @@ def _brought_template(
         return '' if adapter.chat_template == tokenizer.chat_template else adapter.chat_template
     return origin.chat_template if origin and not tokenizer.chat_template else ''
 
-
 # %% ../../nbs/reference/prompts.ipynb #768f0e3b
 class Renderer:
     "Puts examples to one model; raises `ValueError` for a chat template that is missing or cannot be used"
@@ -862,7 +852,6 @@ def renderers_of_both(
     first, second = prompts_of_both(prompts)
     return Renderer.of(old, first, adapter), Renderer.of(new, second, start, adapter)
 
-
 # %% ../../nbs/reference/prompts.ipynb #4df91efa
 def _opened(
     tokenizer:PreTrainedTokenizerBase,  # of the model
@@ -893,7 +882,6 @@ def asked_line(
     kept = f', kept as `chat_template.jinja`, SHA-256 `{sha256}`' if renderer.kept else ''
     return f'Form of the prompts: {code_span(renderer)}{kept}.'
 
-
 # %% ../../nbs/reference/prompts.ipynb #placeth1
 def _placed_thought(
     turn:dict,              # of a chat
@@ -910,7 +898,6 @@ def _placed_thought(
     if thought is None: return turn | said
     if template.form in (None, _THINK): return turn | dict(content=with_think_marks(turn['content'], template.form))
     return turn | dict(content=f'{template.form.opening}\n{thought}\n{template.form.closing}{answer}')
-
 
 # %% ../../nbs/reference/prompts.ipynb #83f67a55
 def _turns(

@@ -208,7 +208,6 @@ def _asked_lines(
     asked = ((side, asked_line(renderer, inputs)) for side, renderer in (('old', old), ('new', new)))
     return ''.join(f'- the {side} model, asked for the refit: {line[0].lower()}{line[1:]}\n' for side, line in asked)
 
-
 # %% ../../nbs/course/19_refit.ipynb #bcc670ca
 @checked()
 def best_refit(

@@ -102,7 +102,7 @@ def learn_lessons(
                   progress=progress)
     length = {name: x for name in ('steps', 'epochs') if (x := getattr(options, name)) is not None}
     if length: return refresh(student, taught, start, labelled, **length, **shared)
-    left = options.budget and max(0., options.budget - spent)
+    left = None if options.budget is None else max(0., options.budget - spent)
     return refresh_in_rounds(student, taught, start, labelled, seconds=left, say=say, **shared)
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmfiles

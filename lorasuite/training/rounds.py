@@ -116,7 +116,7 @@ class Rounds(TrainerCallback):
     def _plan(self):
         "How long the next round will be"
         step, taken = self.marks[-1]['step'], self.marks[-1]['taken']
-        known = dict(per_step=taken/step, left=self.seconds - taken) if step and self.seconds else {}
+        known = dict(per_step=taken/step, left=self.seconds - taken) if step and self.seconds is not None else {}
         self.length = _round_length(step, **known)
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         "Begin, or go on where a checkpoint was written"
@@ -162,17 +162,18 @@ def refresh_in_rounds(
     seconds:float|None=None,    # for the training; by default until another minute brings less than a point
     say:Callable|None=None,     # told in a line what a round has brought
     prompts:Prompts|None=None,  # how the model is asked; by default through its chat template, if it has one
+    specialist:Adapter|None=None, # of the old model, whose answers they are
     **kwargs,                   # passed to `refresh`
 ) -> tuple[Adapter, Run]: # the refreshed adapter, the loss at every step
     "A `refresh` that stops by itself, judged by lessons kept aside (schedule: arXiv 1608.03983)"
     learned, aside = _keep_aside(unlabelled(taught, labelled) or [*labelled])
     if not aside: raise ValueError('nothing to learn from: give teacher data or labelled examples')
-    rows = answer_rows(Renderer.of(decoder, prompts, adapter, kwargs.get('specialist')), aside)
+    rows = answer_rows(Renderer.of(decoder, prompts, adapter, specialist), aside)
     def judge(model): return mean_chance(model, decoder.tokenizer, rows)
     rounds = Rounds(judge, Hasher.hash(rows), seconds, say)
     kwargs |= dict(method=lambda model: rounds, steps=MOST_STEPS, batch_size=batch_size)
     kwargs |= dict(lr_scheduler_type='constant', warmup_steps=0) # the rounds set the rate
-    refreshed, run = refresh(decoder, learned, adapter, labelled, prompts=prompts, **kwargs)
+    refreshed, run = refresh(decoder, learned, adapter, labelled, prompts=prompts, specialist=specialist, **kwargs)
     first, last = rounds.marks[0], rounds.marks[-1]
     line = (f'- on {len(rows):,} lessons kept aside, the chance of the old answers was {first["chance"]:.1%} before '
             f'the refresh and {last["chance"]:.1%} behind it\n')
