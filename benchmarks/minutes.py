@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.files import data_dir
 from lorasuite.core.loading import load_model
+from lorasuite.lab.refit import best_refit
 from lorasuite.stages.alignment import align, Alignment
 from lorasuite.stages.transfer import transfer
 from lorasuite.training.evaluate import evaluate
@@ -19,7 +20,6 @@ from lorasuite.training.examples import load_data
 from lorasuite.training.finetune import finetune
 from lorasuite.training.refresh import distillation_data, refresh
 from lorasuite.training.rounds import refresh_in_rounds
-from lorasuite.training.refit import best_refit
 from lorasuite.lab.store import collect, RunLog, select_runs
 
 FILE = CACHE/'minutes.jsonl'

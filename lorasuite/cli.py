@@ -129,8 +129,9 @@ _BESIDE = ( # options that cannot apply, beside what
     (('rank', 'roles'), 'adapter'), (('epochs', 'budget'), 'steps'), (('budget',), 'epochs'))
 _READ, _ASKED = ('columns', 'split'), ('prompt', 'chat_template', 'thinking')
 _NEEDS = dict( # command: options that cannot apply, without one of which others
-    upgrade=((('epochs', 'steps', 'lr', 'seed'), ('data',)), (_READ + _ASKED, ('data', 'inputs'))),
-    evaluate=((('match', *_READ, *_ASKED), ('data',)),), transfer=((_READ + _ASKED, ('inputs',)),),
+    upgrade=((('budget', 'longest', 'first_line'), ('inputs',)),
+             (('epochs', 'steps', 'lr', 'seed') + _READ + _ASKED, ('data', 'inputs'))),
+    evaluate=((('match', *_READ, *_ASKED), ('data',)),),
     inspect=((_READ, ('inputs',)), (('thinking',), ('inputs', 'prompt', 'chat_template'))))
 
 def _check_options(
@@ -277,7 +278,9 @@ _Method = Annotated[str, typer.Option(help='one of: exact, paper')]
 _Data = Annotated[str, typer.Option(
     help='examples: JSON, JSON lines, CSV or Parquet, with messages, conversations, prompt and completion, or '
          'instruction, input and output; or a Hub dataset')]
-_MoreData = Annotated[Optional[str], typer.Option('--data', help='labelled examples for a light fine-tuning')]
+_MoreData = Annotated[Optional[str], typer.Option(
+    '--data', help='labelled examples for a light fine-tuning; with --inputs they win over the answers of the '
+                   'old specialist')]
 _Format = Annotated[str, typer.Option('--format', help='of the files: peft; mlx for mlx-lm; gguf for llama.cpp')]
 _Dtype = Annotated[str, typer.Option(
     help='of the numbers: float32, bfloat16, float16, or base for that of the model that the adapter is for')]
@@ -287,7 +290,8 @@ _Compact = Annotated[bool, typer.Option(
 _Plain = Annotated[Optional[int], typer.Option(
     min=1, help='write a DoRA as the nearest LoRA of this rank, for programs that do not read DoRA')]
 _Questions = Annotated[Optional[str], typer.Option(
-    '--inputs', help='questions of the task, as --data has them but without answers, to refit the adapter on')]
+    '--inputs', help='questions of the task, as --data has them; answers in them are not read. The old specialist '
+                     'answers, and the carried adapter learns from its answers')]
 
 # %% ../nbs/reference/cli.ipynb #8e3cfb3e
 _Columns = Annotated[Optional[str], typer.Option(
@@ -311,8 +315,15 @@ _Passes = Annotated[Optional[float], typer.Option(
 _Budget = Annotated[Optional[str], typer.Option(
     metavar='TIME', help='for lessons and training, such as 90s, 5m or 1h; without it, --steps and --epochs the '
                          'training ends where another minute brings less than a point')]
+_AnyPasses = Annotated[Optional[float], typer.Option(
+    '--epochs', min=0, help='passes over the data; by default three over --data, with --inputs rounds')]
 _Steps = Annotated[Optional[int], typer.Option(min=0, help='optimiser steps, instead of passes')]
 _Rate = Annotated[float, typer.Option(help='peak learning rate')]
+_AnyRate = Annotated[Optional[float], typer.Option(
+    '--lr', help='peak learning rate; by default 3e-4 with --inputs, without them 1e-4')]
+_Longest = Annotated[int, typer.Option(min=2, help='tokens; longer answers of the specialist are left out')]
+_FirstLine = Annotated[bool, typer.Option(
+    '--first-line', help='do answers of the specialist end at a line break?')]
 _Schedule = Annotated[Enum('Schedule', {s: s for s in SCHEDULES}), typer.Option(
     metavar='NAME', help=f'how the learning rate falls: {", ".join(SCHEDULES)}')]
 _WarmUp = Annotated[Optional[int], typer.Option(
@@ -540,19 +551,6 @@ def align_command(
     found = dict(layers=alignment.layers, feed_forward=alignment.feed_forward, fit=alignment.fit)
     return dict(out=str(out), method=method, **{name: x for name, x in found.items() if x})
 
-# %% ../nbs/reference/cli.ipynb #53f809c5
-def _refit(adapter, alignment, questions:list[dict], prompts):
-    "Transfer an adapter and refit it on questions, with the models that the alignment names"
-    from lorasuite.core.loading import load_model
-    from lorasuite.stages.added_tokens import take_tokens
-    from lorasuite.stages.whole_weights import weights_to_updates
-    from lorasuite.training.refit import best_refit
-    adapter, tokens = take_tokens(adapter, alignment.old.name, alignment.new.name)
-    if tokens: raise ValueError('--inputs: an adapter with added tokens cannot be refitted: leave it out')
-    old, new = (load_model(model.name) for model in (alignment.old, alignment.new))
-    if adapter.weights: adapter = weights_to_updates(adapter, old)
-    return best_refit(adapter, alignment, old, new, questions, _show_progress(), prompts)
-
 # %% ../nbs/reference/cli.ipynb #clbrough
 def _brought(adapter) -> dict[str, str]:
     "What to do before an adapter with added tokens is loaded, as its card says"
@@ -568,8 +566,8 @@ def _facts(card:str) -> list[str]:
     return [line[2:] for line in lines if line.startswith('- ') and not any(x in line for x in _ELSEWHERE)]
 
 # %% ../nbs/reference/cli.ipynb #189839ac
-def _transfer_one(adapter:str, alignment:Path, out:Path, inputs, prompts, columns, split, **options) -> dict:
-    "Transfer a single adapter, with a refit where there are questions"
+def _transfer_one(adapter:str, alignment:Path, out:Path, **options) -> dict:
+    "Transfer a single adapter"
     from lorasuite.core.ranks import check_writing
     from lorasuite.stages.alignment import Alignment
     from lorasuite.stages.card import skipped_by_reason
@@ -580,9 +578,7 @@ def _transfer_one(adapter:str, alignment:Path, out:Path, inputs, prompts, column
     maps = Alignment.load(alignment)
     check_pair(source, maps, options['force'])
     check_writing(maps.new.name, **written)
-    questions = _examples(inputs, columns, split, labelled=False)
-    if questions: carried = _refit(source, maps, questions, prompts)
-    else: carried = carry_whole(source, maps, options['plain_rank'])
+    carried = carry_whole(source, maps, options['plain_rank'])
     carried.card += forced_line(source, maps, options['force'])
     errors = _write(carried, out, max_rank=options['max_rank'], **written)
     found = dict(out=str(out), adapter=str(carried), facts=_facts(carried.card)) | _brought(carried)
@@ -597,11 +593,10 @@ def _many_names(adapters:list[str]|None, listed:Path|None, hub_user:str|None, ba
 
 # %% ../nbs/reference/cli.ipynb #manycli8
 def _transfer_many(
-    adapters, listed, hub_user, alignment:Path, out:Path, jobs, engine, as_json:bool, inputs, **options,
+    adapters, listed, hub_user, alignment:Path, out:Path, jobs, engine, as_json:bool, **options,
 ) -> dict:
     "Transfer many adapters, in the first process"
     if not is_main_process(): return {}
-    if inputs: raise ValueError('--inputs is for one adapter: transfer it by itself, or leave the option out')
     if not (adapters or listed or hub_user): raise ValueError('which adapter? give ADAPTER before ALIGNMENT, or --list')
     from lorasuite.stages.alignment import Alignment
     from lorasuite.stages.many import Options, report_lines, transfer_many
@@ -629,19 +624,16 @@ def transfer_command(
     adapters:_Adapters=None,
     alignment:Annotated[Path, typer.Argument(metavar='ALIGNMENT', help='directory made by `lorasuite align`')],
     out:_Outs, listed:_Listed=None, hub_user:_HubUser=None, jobs:_Jobs=None, engine:_Engine=None,
-    inputs:_Questions=None, adapter_name:_Which=None, format:_Format='peft', dtype:_Dtype='base',
-    max_rank:_MaxRank=None, compact:_Compact=False, plain_rank:_Plain=None,
-    prompt:_Prompt=None, chat_template:_Templates=None, thinking:_Thinking=_KEEP,
-    columns:_Columns=None, split:_Split='train', force:_Force=False, json_:_Json=False,
+    adapter_name:_Which=None, format:_Format='peft', dtype:_Dtype='base', max_rank:_MaxRank=None,
+    compact:_Compact=False, plain_rank:_Plain=None, force:_Force=False, json_:_Json=False,
 ):
     "Transfer an adapter along an alignment, or many. Interrupted with many, it resumes when started again."
     options = dict(adapter_name=adapter_name, format=format, dtype=dtype, max_rank=max_rank, compact=compact,
                    plain_rank=plain_rank, force=force)
     given = dict(listed=listed, hub_user=hub_user, jobs=jobs, engine=engine)
     if _is_many(adapters, **given):
-        return _transfer_many(adapters, alignment=alignment, out=out, as_json=json_, inputs=inputs, **given, **options)
-    prompts = _prompts(prompt, chat_template, thinking, models=2)
-    return _transfer_one(adapters[0], alignment, out, inputs, prompts, columns, split, **options)
+        return _transfer_many(adapters, alignment=alignment, out=out, as_json=json_, **given, **options)
+    return _transfer_one(adapters[0], alignment, out, **options)
 
 # %% ../nbs/reference/cli.ipynb #33902083
 def _split_names(names:str|None) -> list[str]|None:
@@ -765,10 +757,7 @@ def refresh_command(
     listed:_Listed=None, hub_user:_HubUser=None,
     soft:Annotated[float, typer.Option(
         min=0, max=1, help='weight of the specialist\'s probabilities; the rest is its answer\'s')]=.5,
-    longest:Annotated[int, typer.Option(
-        min=2, help='tokens; longer answers of the specialist are left out')]=64,
-    first_line:Annotated[bool, typer.Option(
-        '--first-line', help='do answers of the specialist end at a line break?')]=False,
+    longest:_Longest=64, first_line:_FirstLine=False,
     budget:_Budget=None, epochs:_Passes=None, steps:_Steps=None, lr:_Rate=3e-4,
     prompt:_Prompt=None, chat_template:_Templates=None, thinking:_Thinking=_KEEP,
     columns:_Columns=None, split:_Split='train', seed:_Seed=0, adapter_name:_Which=None, json_:_Json=False,
@@ -825,27 +814,31 @@ def evaluate_command(
 @_command
 def upgrade_command(
     old:_Old, new:_New, adapter:_Source, out:_Out, data:_MoreData=None, inputs:_Questions=None, texts:_Texts=None,
-    method:_Method='exact', epochs:_Epochs=3., steps:_Steps=None, lr:_Rate=1e-4,
+    method:_Method='exact', budget:_Budget=None, epochs:_AnyPasses=None, steps:_Steps=None, lr:_AnyRate=None,
+    longest:_Longest=64, first_line:_FirstLine=False,
     prompt:_Prompt=None, chat_template:_Templates=None, thinking:_Thinking=_KEEP,
     columns:_Columns=None, split:_Split='train', seed:_Seed=0, adapter_name:_Which=None,
     format:_Format='peft', dtype:_Dtype='base', max_rank:_MaxRank=None, compact:_Compact=False,
     plain_rank:_Plain=None, yes:_Yes=False, json_:_Json=False,
 ):
-    "Align, transfer and, given data, refit and tune: all in one go."
+    "Align and transfer, then refresh on questions or tune on labels. Interrupted, it resumes when started again."
     from lorasuite.core.ranks import check_writing
     check_writing(new, format, dtype, compact)
     from lorasuite.stages.card import skipped_by_reason
     from lorasuite.training.upgrade import upgrade
+    training = dict(budget=_seconds(budget), steps=steps, epochs=epochs, lr=lr, seed=seed)
+    if inputs: training |= dict(longest=longest, first_line=first_line)
+    training = {name: x for name, x in training.items() if x is not None}
     prompts = _prompts(prompt, chat_template, thinking, models=2)
     labelled, questions = _examples(data, columns, split), _examples(inputs, columns, split, labelled=False)
     source = _load_adapter(adapter, adapter_name)
-    training = dict(steps=steps, epochs=epochs, lr=lr, seed=seed, checkpoints=_checkpoints(out))
     with _asking(yes):
         upgraded, run = upgrade(old, new, source, labelled, questions, _text_lines(texts), method, _show_progress(),
-                                prompts, plain_rank, **training)
+                                prompts, plain_rank, _checkpoints(out), _say, **training)
     errors = _write(upgraded, out, format, dtype, max_rank, compact)
     costs = _brought(upgraded) | _costs(run) | errors
-    found = dict(out=str(out), adapter=str(upgraded), facts=_facts(upgraded.card))
+    counts = dict(inputs=len(questions), labelled=len(labelled)) if questions else {}
+    found = dict(out=str(out), adapter=str(upgraded), facts=_facts(upgraded.card)) | counts
     return found | costs | dict(skipped=skipped_by_reason(upgraded))
 
 # %% ../nbs/reference/cli.ipynb #clconv2

@@ -135,7 +135,21 @@ def test_an_upgrade_of_models_in_memory(tokenizer, tmp_path):
     assert tuned.tokenizer().chat_template == more.tokenizer.chat_template
     tuned.save(tmp_path/'b')
     assert error(by_peft(base, tmp_path/'b', texts()), true) <= 1e-4
-    with pytest.raises(ValueError, match='added tokens cannot be refitted'): upgrade(base, base, adapter, inputs=rows)
+
+def test_an_upgrade_with_questions_takes_added_tokens(tmp_path):
+    "The specialist answers with its tokens, and the student has them"
+    old, new = (load_model(f'zoo/{name}', dtype=torch.float32) for name in ('old', 'new'))
+    sizes = old.vocab, new.vocab
+    asked = [dict(instruction='Who keeps a cat?'), dict(instruction='Where does Ann live?')]
+    for kind in ('rows', 'tables'):
+        adapter, _ = made(larger(old), tmp_path/kind, **KINDS[kind])
+        carried, _ = upgrade(old, new, adapter)
+        refreshed, run = upgrade(old, new, adapter, inputs=asked*4, steps=1, longest=480)
+        assert len(run) == 1 and 'tokens added: ' in refreshed.card and 'Refreshed on ' in refreshed.card
+        assert refreshed.tokenizer().get_vocab().items() > new.tokenizer.get_vocab().items()
+        assert refreshed.rows.keys() == carried.rows.keys() and refreshed.weights.keys() == carried.weights.keys()
+        assert any(not refreshed.delta(path).equal(carried.delta(path)) for path in carried.updates)
+        assert sizes == tuple(len(d.model.get_input_embeddings().weight) for d in (old, new)) # they stay as they were
 
 def test_commands(tmp_path):
     def lora(*args, status=0):

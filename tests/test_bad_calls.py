@@ -21,11 +21,11 @@ from lorasuite.stages.head_mapping import head_rows, head_similarity, row_cosine
 from lorasuite.stages.layer_mapping import layer_map
 from lorasuite.stages.paper import pseudo_inverse
 from lorasuite.stages.transfer_matrix import stream_maps, transfer_matrix
-from lorasuite.training.evaluate import bits_per_byte, generate
+from lorasuite.training.evaluate import agreement, bits_per_byte, generate
 from lorasuite.training.examples import load_data
 from lorasuite.training.finetune import init_adapter
 from lorasuite.training.prompts import ask_all, Prompts, Renderer, with_answer
-from lorasuite.training.refit import agreement, best_refit, refit
+from lorasuite.lab.refit import best_refit, refit
 from lorasuite.training.refresh import distillation_data, pseudo_label, SoftTargetLoss
 from lorasuite.training.trainer import split_batch
 from lorasuite.tuners.lora2 import check_phases
@@ -279,6 +279,8 @@ CALLS = dict( # call on (old, new, alignment, adapter, a file), what the message
     no_refit=(lambda o, n, m, a, f: refit(a, m, o, n, []), 'no texts'),
     few_questions=(lambda o, n, m, a, f: best_refit(a, m, o, n, [GOOD]), '1 questions are too few'),
     strength=(lambda o, n, m, a, f: refit(a, m, o, n, ['a'], strength=-1.), r'strength=-1\.0'),
+    budget=(lambda o, n, m, a, f: upgrade(o, n, a, [GOOD], budget=9.), 'budget cannot apply without inputs'),
+    no_setting=(lambda o, n, m, a, f: upgrade(o, n, a, inputs=[GOOD], speed=9.), "argument 'speed'"),
     no_answers=(lambda o, n, m, a, f: agreement([], []), 'answers is empty'),
     shrunk=(lambda o, n, m, a, f: shrink(a, 0), 'rank=0'),
     tokenizer=(lambda o, n, m, a, f: Decoder(n.model, 'zoo/new'), 'tokenizer is str'),
@@ -335,7 +337,7 @@ def test_checked_keeps_the_function():
 INTERRUPTED = dict( # command: the function in which the key is pressed
     align='lorasuite.stages.alignment.read_block', upgrade='lorasuite.stages.alignment.read_block',
     finetune='transformers.Trainer.training_step', refresh='lorasuite.training.refresh.teacher_top_k',
-    transfer='lorasuite.training.refit.record_inputs', evaluate='lorasuite.training.evaluate.generate')
+    transfer='lorasuite.stages.many.transfer', evaluate='lorasuite.training.evaluate.generate')
 
 @pytest.mark.parametrize('name', INTERRUPTED)
 def test_interrupted(tmp_path, monkeypatch, carried, name):
@@ -347,7 +349,7 @@ def test_interrupted(tmp_path, monkeypatch, carried, name):
     args = dict(align=['zoo/old', 'zoo/new'], upgrade=['zoo/old', 'zoo/new', 'zoo/adapter'],
                 finetune=['zoo/new', '--data', file, '--steps', 2],
                 refresh=['zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', file, '--first-line'],
-                transfer=['zoo/adapter', maps, '--inputs', file], evaluate=['zoo/new', '--data', file])[name]
+                transfer=['zoo/adapter', maps], evaluate=['zoo/new', '--data', file])[name]
     status, lines = run(name, *args, *(() if name == 'evaluate' else ('-o', out)))
     assert status == 130 and lines[-1] == 'lorasuite: interrupted' and not any('Traceback' in line for line in lines)
     assert sorted(f.name for f in tmp_path.iterdir()) == ['data.jsonl', 'maps']
@@ -371,7 +373,13 @@ def test_data_that_are_something_else(tmp_path, monkeypatch):
 @pytest.mark.parametrize('args, said', [
     (['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '-o', 'out', '--prompt', 'qa'], '--prompt cannot apply without'),
     (['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '-o', 'out', '--columns', 'a=b'], 'without --data or --inputs'),
-    (['transfer', 'zoo/adapter', 'maps', '-o', 'out', '--thinking', 'drop'], 'cannot apply without --inputs'),
+    ([*UPGRADE[:-1], 'out', '--budget', '5m'], '--budget cannot apply without --inputs'),
+    ([*UPGRADE[:-1], 'out', '--data', 'zoo/test.jsonl', '--budget', '5m'], '--budget cannot apply without --inputs'),
+    ([*UPGRADE[:-1], 'out', '--data', 'zoo/test.jsonl', '--longest', 9, '--first-line'],
+     '--longest, --first-line cannot apply without --inputs'),
+    ([*UPGRADE[:-1], 'out', '--inputs', 'zoo/test.jsonl', '--budget', '5m', '--steps', 3],
+     '--budget cannot apply beside --steps'),
+    ([*UPGRADE[:-1], 'out', '--inputs', 'zoo/test.jsonl', '--budget', '5'], "--budget '5' is no duration"),
     (['evaluate', 'zoo/old', '--tasks', 'piqa', '--split', 'x'], '--split cannot apply without --data'),
     (['evaluate', 'zoo/old', '--tasks', 'piqa,'], 'one of the names is empty'),
     (['inspect', 'zoo/old', 'zoo/new', '--columns', 'a=b'], '--columns cannot apply without --inputs'),
@@ -424,5 +432,5 @@ def test_messages_that_name_the_remedy(tmp_path, monkeypatch):
 
 def test_the_help_of_chat_templates():
     def speaks_of_two(command): return 'OLD,NEW' in CliRunner().invoke(app, [command, '--help']).output
-    assert not any(map(speaks_of_two, ('finetune', 'evaluate')))
-    assert all(map(speaks_of_two, ('upgrade', 'refresh', 'inspect', 'transfer')))
+    assert not any(map(speaks_of_two, ('finetune', 'evaluate', 'transfer'))) # a transfer asks nothing
+    assert all(map(speaks_of_two, ('upgrade', 'refresh', 'inspect')))

@@ -1,5 +1,5 @@
 """The command line, end to end, on the models that the package ships"""
-import json, os, pty, re, subprocess, sys, time
+import gc, json, os, pty, re, subprocess, sys, time, weakref
 from pathlib import Path
 
 import pytest
@@ -80,21 +80,85 @@ def test_upgrade_is_align_and_transfer(work, carried):
     assert a.keys() == b.keys() and all((a[k] - b[k]).norm() <= 1e-3*b[k].norm() for k in a)
     loads(carried)
 
-def test_questions_refit_what_is_carried(work):
-    asked = work/'asked.jsonl'
-    asked.write_text(questions_of(ZOO/'test.jsonl', 240))
-    report('align', 'zoo/old', 'zoo/new-far', '-o', work/'far') # what drifted this far can be mended a little
-    report('transfer', 'zoo/adapter', work/'far', '-o', work/'far-carried')
-    report('transfer', 'zoo/adapter', work/'far', '-o', work/'refitted', '--inputs', asked)
-    report('upgrade', 'zoo/old', 'zoo/new-far', 'zoo/adapter', '-o', work/'at-once', '--inputs', asked)
-    names = ('far-carried', 'refitted', 'at-once')
-    plain, again, at_once = (load_file(work/name/'adapter_model.safetensors') for name in names)
-    update = lambda w, k: w[k.replace('lora_A', 'lora_B')]@w[k]
-    moved = lambda k: ((update(again, k) - update(plain, k)).norm()/update(plain, k).norm()).item()
-    trained = [k for k in plain if 'lora_A' in k and update(plain, k).any()]
-    assert trained and all(1e-3 < moved(k) < 1 for k in trained)
-    assert 'refitted on 80 texts' in (work/'refitted'/'README.md').read_text() # chosen by agreement
-    assert all((again[k] - at_once[k]).norm() <= 1e-2*again[k].norm() for k in again)
+def bytes_of(out): return (out/'adapter_model.safetensors').read_bytes()
+
+def test_questions_refresh_what_is_carried(work, hundred):
+    "The specialist answers, and what was carried learns: as the two commands do, one after the other"
+    asked, plain = work/'asked-at-once.jsonl', work/'far-carried'
+    asked.write_text(questions_of(hundred, 60))
+    exact, steps = ('--dtype', 'float32'), ('--steps', 6)
+    upgrade = ('upgrade', 'zoo/old', 'zoo/new-far', 'zoo/adapter')
+    report(*upgrade, '-o', plain, *exact)
+    report('refresh', 'zoo/old', 'zoo/adapter', 'zoo/new-far', '--inputs', asked, '--start', plain, *steps,
+           '-o', work/'in-two')
+    said = report(*upgrade, '--inputs', asked, *steps, '-o', work/'at-once', *exact)
+    assert bytes_of(work/'at-once') == bytes_of(work/'in-two') != bytes_of(plain)
+    assert said['steps'] == 6 and said['inputs'] == 60 and said['labelled'] == 0
+    card = (work/'at-once'/'README.md').read_text()
+    assert 'carried from `zoo/old` to `zoo/new-far`' in card and 'old layer → new layer: 0→0' in card
+    assert 'Refreshed on 60 answers of the old specialist and 0 labelled examples: 6 steps.' in card
+    report('align', 'zoo/old', 'zoo/new-far', '-o', work/'far') # an alignment in files is rounded
+    report('transfer', 'zoo/adapter', work/'far', '-o', work/'by-files', *exact)
+    report('refresh', 'zoo/old', 'zoo/adapter', 'zoo/new-far', '--inputs', asked, '--start', work/'by-files', *steps,
+           '-o', work/'in-three')
+    a, b = (load_file(work/name/'adapter_model.safetensors') for name in ('at-once', 'in-three'))
+    assert a.keys() == b.keys() and all((a[k] - b[k]).norm() <= 1e-3*b[k].norm() for k in a)
+
+def test_labels_win_over_the_answers_of_an_upgrade(work, hundred):
+    "Without questions, three passes at the rate of a tuning; with them, a refresh in which known answers are not asked"
+    asked, few = work/'asked-too.jsonl', work/'few-too.jsonl'
+    asked.write_text(questions_of(hundred, 40))
+    few.write_text(''.join(hundred.read_text().splitlines(keepends=True)[:10]))
+    upgrade = ('upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '--data', few)
+    said = report(*upgrade, '--inputs', asked, '--epochs', 1, '-o', work/'both')
+    assert said['steps'] == 3 and said['labelled'] == 10
+    assert '30 answers of the old specialist and 10 labelled' in (work/'both'/'README.md').read_text()
+    said = report(*upgrade, '-o', work/'labels-alone')
+    assert said['steps'] == 2 and 'inputs' not in said # 3*10/16
+    assert '2 steps at a learning rate of 0.0001' in (work/'labels-alone'/'README.md').read_text()
+
+def test_an_upgrade_within_a_budget(work, hundred):
+    done = run('upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '--inputs', hundred, '--budget', '8s',
+               '-o', work/'in-time', '--json')
+    assert done.exit_code == 0 and json.loads(done.stdout)['steps'] >= 8, done.output
+    lines = done.stderr.splitlines()
+    assert any(line.startswith('100 lessons after ') for line in lines)
+    assert any(re.match(r'after 8 steps, \d+ s: chance of the old answers ', line) for line in lines)
+    assert lines[-1].endswith('the last round') and 'lessons kept aside' in (work/'in-time'/'README.md').read_text()
+
+def test_a_killed_upgrade_goes_on(work, hundred, monkeypatch):
+    "Killed in its training, it asks nobody again, and the result is that of a run that was not"
+    command = ['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '--inputs', hundred, '--steps', 60, '-o']
+    report(*command, work/'whole')
+    code = 'import torch; torch.set_num_threads(1); from lorasuite.cli import app; app()'
+    running = subprocess.Popen([sys.executable, '-c', code, *map(str, [*command, work/'killed'])],
+                               stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    checkpoints, end = work/'.killed-checkpoints', time.time() + 120
+    while not [*checkpoints.glob('checkpoint-*/sealed.json')] and running.poll() is None and time.time() < end:
+        time.sleep(.02)
+    running.kill()
+    running.communicate()
+    assert running.returncode == -9 and (checkpoints/'lessons').is_dir() and not (work/'killed').exists()
+    monkeypatch.setattr('lorasuite.training.refresh.generate', lambda *args, **kwargs: pytest.fail('it asked again'))
+    assert report(*command, work/'killed')['steps'] == 60
+    assert bytes_of(work/'killed') == bytes_of(work/'whole') and not checkpoints.exists()
+
+def test_the_old_model_is_let_go_before_the_training(work, hundred, monkeypatch):
+    from lorasuite.stages import added_tokens
+    from lorasuite.training import upgrade as module
+    load, learn, seen = added_tokens.load_model, module.learn_lessons, []
+    def loading(name, *args, **kwargs):
+        found = load(name, *args, **kwargs)
+        if name == 'zoo/old' and not kwargs.get('lazy'): seen.append(weakref.ref(found.model))
+        return found
+    def learning(*args, **kwargs):
+        gc.collect()
+        assert seen and not any(ref() for ref in seen)
+        return learn(*args, **kwargs)
+    monkeypatch.setattr(added_tokens, 'load_model', loading)
+    monkeypatch.setattr(module, 'learn_lessons', learning)
+    report('upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '--inputs', hundred, '--steps', 1, '-o', work/'let-go')
+    assert len(seen) == 1
 
 def test_finetune_and_evaluate(work, carried, hundred):
     said = report('finetune', 'zoo/new', carried, '--data', hundred, '-o', work/'tuned', '--steps', 3)
@@ -164,7 +228,7 @@ def test_bad_input(work, carried, alignment, hundred):
                        (['inspect', old, new, '--deep', '--inputs', hundred], 'give an adapter'),
                        (['transfer', adapter, nowhere, '-o', out], 'lorasuite align'),
                        (['transfer', carried, alignment, '-o', out], 'another model'),
-                       (['transfer', adapter, alignment, '-o', out, '--inputs', missing], 'nowhere.jsonl'),
+                       (['upgrade', old, new, adapter, '-o', out, '--inputs', missing], 'nowhere.jsonl'),
                        (['transfer', nowhere, alignment, '-o', out], 'nowhere'),
                        (['align', nowhere, new, '-o', out], 'nowhere'),
                        (['align', old, new, '--method', 'magic', '-o', out], 'magic'),

@@ -8,11 +8,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 from lorasuite import Adapter, align, transfer
 from lorasuite.cli import app
+from lorasuite.core.loading import load_model
 from lorasuite.core.model import Decoder
 from lorasuite.core.ranks import relative_errors, truncate
 from lorasuite.lab.oracle import grow
 from lorasuite.stages.cka import probe_texts
 from lorasuite.stages.dora import dora_update, fit_dora, transfer_dora
+from lorasuite.training.examples import load_data
+from lorasuite.training.upgrade import upgrade
 
 FEW = probe_texts()[:16]
 
@@ -154,7 +157,6 @@ def test_a_weight_with_rows_of_zeros_gets_no_update(old, made, tokenizer):
     assert not new.model.get_submodule(idle).weight.any() and not carried.skipped
 
 def test_MLX_holds_it_too(tmp_path):
-    from lorasuite.core.loading import load_model
     old = load_model('zoo/old')
     shapes = {old.path(0, role): (64, 64) for role in 'qv'}
     updates = {path: (torch.randn(2, i), .03*torch.randn(o, 2)) for path, (o, i) in shapes.items()}
@@ -168,7 +170,6 @@ def test_MLX_holds_it_too(tmp_path):
 def test_the_command_writes_a_plain_LoRA_where_it_is_asked_for_one(tmp_path):
     from typer.testing import CliRunner
     from lorasuite.cli import app
-    from lorasuite.core.loading import load_model
     model = get_peft_model(load_model('zoo/old').model, LoraConfig(r=2, use_dora=True, target_modules=['q_proj']))
     for name, p in model.named_parameters():
         if 'lora_B' in name: p.data.normal_(std=.03)
@@ -205,3 +206,21 @@ def test_the_error_of_a_cut_is_that_of_the_whole_update(tokenizer, tmp_path):
     said = CliRunner().invoke(app, [str(a) for a in args])
     assert json.loads(said.stdout)['rank_error'] == pytest.approx(right, rel=1e-3)
     assert abs(relative_errors(adapter, cut)[0] - right) > .01 # of B A alone
+
+def test_a_dora_is_refreshed_on_questions(tmp_path):
+    "Its magnitudes learn too; as a plain LoRA it has none"
+    old, questions = load_model('zoo/old', dtype=torch.float32), load_data('zoo/train.jsonl', labelled=False)[:16]
+    torch.manual_seed(0)
+    model = get_peft_model(old.model, LoraConfig(r=4, use_dora=True, target_modules=['q_proj', 'up_proj']))
+    for name, p in model.named_parameters():
+        if 'lora_B' in name: p.data.normal_(std=.02)
+    model.save_pretrained(tmp_path/'dora')
+    carried, _ = upgrade('zoo/old', 'zoo/new', tmp_path/'dora')
+    refreshed, run = upgrade('zoo/old', 'zoo/new', tmp_path/'dora', inputs=questions, steps=2)
+    assert len(run) == 2 and refreshed.magnitudes.keys() == carried.magnitudes.keys() == carried.updates.keys()
+    assert all(not refreshed.magnitudes[path].equal(m) for path, m in carried.magnitudes.items())
+    assert 'Refreshed on ' in refreshed.card and 'carried from `zoo/old`' in refreshed.card
+    refreshed.save(tmp_path/'out')
+    assert Adapter.load(tmp_path/'out').magnitudes.keys() == carried.magnitudes.keys()
+    plain, run = upgrade('zoo/old', 'zoo/new', tmp_path/'dora', inputs=questions, steps=2, plain_rank=4)
+    assert len(run) == 2 and not plain.magnitudes

@@ -13,7 +13,7 @@ from lorasuite.training.prompts import (
     ask_all, as_messages, ChatTemplate, drop_thoughts, encode_all, Prompts, question_places, Renderer, THINKING,
     with_answer
 )
-from lorasuite.training.refit import best_refit, paired_positions
+from lorasuite.lab.refit import best_refit, paired_positions
 from lorasuite.training.refresh import distillation_data, refresh, student_targets
 from lorasuite.stages.alignment import align
 

@@ -11,7 +11,7 @@ from lorasuite.stages.card import skipped_by_reason
 from lorasuite.stages.cka import probe_texts
 from lorasuite.stages.transfer import transfer
 from lorasuite.training.finetune import init_adapter
-from lorasuite.training.refit import refit
+from lorasuite.lab.refit import refit
 from lorasuite.forecast.inspection import preview_transfer
 from lorasuite.lab.oracle import grow
 from lorasuite.lab.zoo import new_tokenizer

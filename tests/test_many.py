@@ -172,7 +172,7 @@ def test_what_is_wrong_for_all_is_said_before_any_work(here, work, tmp_path):
     for args, what in ((['a', 'b', work/'nowhere'], 'lorasuite align'), ([work/'alignment'], 'which adapter'),
                        (['a', 'b', work/'alignment', '--format', 'gif'], 'no format'),
                        (['a', 'b', work/'alignment', '--engine', 'magic'], 'choose one of'),
-                       (['a', 'b', work/'alignment', '--inputs', 'zoo/test.jsonl'], 'for one adapter'),
+                       (['a', 'b', work/'alignment', '--inputs', 'zoo/test.jsonl'], 'No such option'),
                        (['a', '', work/'alignment'], 'empty'),
                        (['x/a', 'report.json', work/'alignment'], 'rename one')):
         done = run('transfer', *args, '-o', out)

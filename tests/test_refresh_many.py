@@ -9,12 +9,12 @@ from lorasuite.cli import app
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.files import data_dir
 from lorasuite.core.loading import load_model
+from lorasuite.stages.added_tokens import base_with_tokens
 from lorasuite.stages.alignment import align
 from lorasuite.stages.many import own_results, transfer_many
 from lorasuite.training import refresh as teaching, refresh_many as module
 from lorasuite.training.refresh_many import refresh_lines, refresh_many, RefreshOptions
 from lorasuite.training.trainer import hash_tensors, LightTrainer
-from lorasuite.training.upgrade import base_with_tokens
 
 ZOO = data_dir()/'zoo'
 NAMES = ('laws', 'facts', 'sums')

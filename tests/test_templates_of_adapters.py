@@ -14,6 +14,8 @@ from lorasuite.training.examples import load_data
 from lorasuite.training.finetune import finetune
 from lorasuite.training.prompts import Prompts, Renderer
 from lorasuite.training.refresh import distillation_data, refresh
+from lorasuite.lab.refit import best_refit
+from lorasuite.training import upgrade as upgrade_module
 from lorasuite.training.upgrade import upgrade
 
 ASKED = "{% if m['role'] == 'user' %}Ask: {{ m['content'] }}\nSay:{% else %} {{ m['content'] }}<eos>{% endif %}"
@@ -93,14 +95,43 @@ def test_a_carried_adapter_keeps_it_for_a_model_without_one(chatty, maps, tmp_pa
 
 def test_a_refit_asks_both_models_rightly(chatty, data, maps):
     questions = [dict(instruction=e['instruction']) for e in data[:12]]
-    upgraded, _ = upgrade('zoo/old', 'zoo/new', chatty, inputs=questions)
-    plain, _ = upgrade('zoo/old', 'zoo/new', 'zoo/adapter', inputs=questions)
-    assert all(upgraded.delta(path).equal(plain.delta(path)) for path in plain.updates) # the same texts
-    assert upgraded.chat_template == AS_TRAINED and plain.chat_template == ''
-    assert "old model, asked for the refit: form of the prompts: `adapter's chat template`, kept" in upgraded.card
+    old, new = map(load_model, ('zoo/old', 'zoo/new'))
+    fitted = best_refit(Adapter.load(chatty), maps, old, new, questions)
+    plain = best_refit(Adapter.load('zoo/adapter'), maps, old, new, questions)
+    assert all(fitted.delta(path).equal(plain.delta(path)) for path in plain.updates) # the same texts
+    assert fitted.chat_template == AS_TRAINED and plain.chat_template == ''
+    assert "old model, asked for the refit: form of the prompts: `adapter's chat template`, kept" in fitted.card
     assert 'new model, asked for the refit: form of the prompts: `plain prompt' in plain.card
-    upgraded, _ = upgrade('zoo/old', 'zoo/new', chatty, inputs=questions, prompts=(None, Prompts(template=TEMPLATE)))
-    assert upgraded.chat_template == TEMPLATE and SHA256 in upgraded.card
+    fitted = best_refit(Adapter.load(chatty), maps, old, new, questions, prompts=(None, Prompts(template=TEMPLATE)))
+    assert fitted.chat_template == TEMPLATE
+
+def test_an_upgrade_asks_both_models_rightly(chatty, data, monkeypatch):
+    "The lessons are those of the form that lies beside the adapter, and the student is asked in it too"
+    questions, said, taught = [dict(instruction=e['instruction']) for e in data[:12]], [], []
+    keep = upgrade_module.keep_lessons
+    def keeping(*args, **kwargs):
+        found = keep(*args, **kwargs)
+        taught.append([*found['answer']])
+        return found
+    monkeypatch.setattr(upgrade_module, 'keep_lessons', keeping)
+    def go(adapter, **kwargs): return upgrade('zoo/old', 'zoo/new', adapter, inputs=questions, steps=2, say=said.append,
+                                              **kwargs)[0]
+    plain, upgraded = go('zoo/adapter'), go(chatty)
+    assert upgraded.chat_template == AS_TRAINED and plain.chat_template == ''
+    assert taught[0] == taught[1] # the same texts
+    specialist, carried = Adapter.load(chatty), upgrade('zoo/old', 'zoo/new', chatty)[0]
+    lessons = distillation_data(load_model('zoo/old'), questions, specialist)
+    by_hand, _ = refresh(load_model('zoo/new'), lessons, carried, specialist=specialist, steps=2, lr=3e-4)
+    assert all(upgraded.delta(path).equal(by_hand.delta(path)) for path in by_hand.updates)
+    assert said[:2] == [f"prompt of the {side} model: plain prompt 'Question: {{instruction}}\\nAnswer:'"
+                        for side in ('old', 'new')]
+    assert said[3:5] == [f"prompt of the {side} model: adapter's chat template" for side in ('old', 'new')]
+    (chatty/'chat_template.jinja').write_text(TEMPLATE)
+    other = go(chatty)
+    assert taught[2] != taught[0] and other.chat_template == TEMPLATE and SHA256 in other.card
+    assert any(not other.delta(path).equal(plain.delta(path)) for path in plain.updates)
+    given = go('zoo/adapter', prompts=(None, Prompts(template=TEMPLATE)))
+    assert taught[3] == taught[0] and given.chat_template == TEMPLATE and SHA256 in given.card
 
 def test_a_refreshed_student_is_asked_like_its_teacher(chatty, data):
     new, specialist = load_model('zoo/new'), Adapter.load(chatty)
@@ -122,8 +153,11 @@ def test_a_template_that_cannot_be_used_is_refused_before_any_work(chatty):
 
 def test_the_card_of_an_upgrade_with_data(data):
     questions = [dict(instruction=e['instruction']) for e in data[:6]]
-    card = upgrade('zoo/old', 'zoo/new', 'zoo/adapter', data[:16], questions, steps=1)[0].card
-    assert 'from 28 updates; the transfer itself used no label.' in card and 'without any label' not in card
-    assert '(updates untrained after the transfer): 2, 4' in card
-    assert 'Tuned afterwards on 16 labelled examples: 1 steps' in card
-    assert card.count('Form of the prompts: `plain') == 1
+    tuned, both = (upgrade('zoo/old', 'zoo/new', 'zoo/adapter', data[:16], asked, steps=1)[0].card
+                   for asked in (None, questions))
+    for card in (tuned, both):
+        assert 'from 28 updates; the transfer itself used no label.' in card and 'without any label' not in card
+        assert '(updates untrained after the transfer): 2, 4' in card
+        assert card.count('Form of the prompts: `plain') == 1
+    assert 'Tuned afterwards on 16 labelled examples: 1 steps' in tuned
+    assert 'Refreshed on 0 answers of the old specialist and 16 labelled examples: 1 steps' in both # all are labelled

@@ -14,9 +14,9 @@ from ..core.settings import checked
 
 # %% ../../nbs/lab/07_advice.ipynb #8abe5011
 OPTIONS = {'copy': 'nothing',
-           'carry': 'nothing, or some questions without answers',
-           'carry + refresh': 'some hundred questions without answers',
-           'carry + fine-tune': 'a hundred labelled examples',
+           'carry': 'nothing',
+           'carry + refresh': 'some hundred questions without answers (upgrade --inputs)',
+           'carry + fine-tune': 'a hundred labelled examples (upgrade --data)',
            'retrain': 'all labelled examples'} # from cheap to expensive: what it needs
 
 # %% ../../nbs/lab/07_advice.ipynb #163ac182

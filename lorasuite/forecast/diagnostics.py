@@ -18,9 +18,8 @@ from ..stages.direct_copy import direct_copy
 from ..stages.head_mapping import head_rows, head_similarity
 from ..stages.layer_mapping import mean_on_pairs
 from ..stages.transfer import transfer
-from ..training.evaluate import evaluate
+from ..training.evaluate import agreement, evaluate
 from ..training.prompts import ask_all, Prompts, Renderer, renderers_of_both, with_answer
-from ..training.refit import agreement
 
 # %% ../../nbs/reference/diagnostics.ipynb #6dde6fff
 def _head_means(

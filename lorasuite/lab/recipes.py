@@ -20,10 +20,10 @@ from ..stages.direct_copy import direct_copy
 from ..stages.transfer import transfer
 from ..training.evaluate import evaluate
 from ..training.finetune import finetune
-from ..training.refit import best_refit
 from ..training.refresh import distillation_data, refresh
 from ..training.trainer import Run
 from .baselines import cross_lora, published, published_rescaled, random_like
+from .refit import best_refit
 from .upgrades import base_model, RANK, specialist, SPECIALIST_SETTING
 from .upgrades import train_specialist, upgrade_drift, UPGRADES
 from .world import TASKS

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AddedTokens', 'without_unknown_rows', 'untrained_tokens', 'take_tokens', 'add_tokens', 'keep_template',
-           'expected_tokens', 'with_tokens']
+           'expected_tokens', 'with_tokens', 'base_with_tokens']
 
 # %% ../../nbs/reference/added_tokens.ipynb #atimp001
 import copy, hashlib, os, re, warnings
@@ -385,3 +385,15 @@ def with_tokens(
     size = max([_size(tokenizer, decoder.vocab), *(len(W) for W in tables if W.ndim == 2)])
     if size > decoder.vocab: decoder.model.resize_token_embeddings(size, mean_resizing=False)
     return Decoder(decoder.model, tokenizer, decoder.name)
+
+# %% ../../nbs/reference/added_tokens.ipynb #upgtok02
+@checked()
+def base_with_tokens(
+    new:str|os.PathLike|Decoder,    # the new model
+    adapter:Adapter|None,           # that is of it, or was carried to it
+) -> Decoder: # the same where the adapter brings no tokens along
+    "A model with the tokens of an adapter; one that is given in memory stays as it is"
+    decoder, tokenizer = load_model(new), adapter and adapter.tokenizer
+    if not isinstance(new, Decoder) or not tokenizer: return with_tokens(decoder, adapter)
+    if not tokenizer().get_vocab().items() > decoder.tokenizer.get_vocab().items(): return with_tokens(decoder, adapter)
+    return with_tokens(Decoder(copy.deepcopy(decoder.model), decoder.tokenizer, decoder.name), adapter)

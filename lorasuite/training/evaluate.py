@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MATCHES', 'CHAIN_OF_THOUGHT', 'COMMONSENSE', 'Score', 'paired_difference', 'pad_id', 'generate', 'exact_match',
-           'evaluate', 'last_number', 'same_number', 'same_letter', 'same_choice', 'bits_per_byte', 'check_tasks',
-           'benchmark']
+           'evaluate', 'agreement', 'last_number', 'same_number', 'same_letter', 'same_choice', 'bits_per_byte',
+           'check_tasks', 'benchmark']
 
 # %% ../../nbs/course/15_evaluate.ipynb #06e09bc3
 import difflib, math, re, time, warnings
@@ -227,6 +227,17 @@ def evaluate(
         with adapter.on(decoder) as model: answers = ask(model)
     right = [match(a, drop_thoughts(e['answer'], renderer.form)) for a, e in zip(answers, data)]
     return Score(answers, right, time.perf_counter() - start)
+
+# %% ../../nbs/course/15_evaluate.ipynb #405dabf7
+@checked('answers')
+def agreement(
+    answers:list[str],  # of one model
+    others:list[str],   # of another, to the same questions
+) -> float:
+    "Share of questions to which two models give the same answer"
+    if len(answers) != len(others):
+        raise ValueError(f'{len(answers)} answers and {len(others)} others: both models answer the same questions')
+    return sum(a == b for a, b in zip(answers, others))/len(answers)
 
 # %% ../../nbs/course/15_evaluate.ipynb #c6666e97
 _WHOLE = r'(?:\d{1,3}(?:,\d{3})+|\d+)' # with or without commas between the thousands

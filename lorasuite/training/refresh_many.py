@@ -20,6 +20,7 @@ from ..core.loading import load_model, load_skeleton, weight_hashes
 from ..core.model import Decoder
 from ..core.names import printable
 from ..core.settings import check_types, checked
+from ..stages.added_tokens import base_with_tokens
 from ..stages.card import left_out
 from ..stages.many import gather_rows, is_made, make_once, own_results, report_row, report_table
 from ..stages.many import result_places, save_report, source_hash
@@ -29,7 +30,6 @@ from .prompts import ask_all, encode_all, Prompts, prompts_of_both, Renderer
 from .refresh import distillation_data, refresh, SOFT_WEIGHT
 from .rounds import refresh_in_rounds
 from .trainer import Run
-from .upgrade import base_with_tokens
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmopt
 @dataclass(frozen=True)
@@ -67,17 +67,17 @@ def keep_lessons(
     specialist:Adapter,     # its adapter
     questions:list[dict],   # without answers
     options:RefreshOptions, # how they are asked
-    checkpoints:Path,       # directory of the run, where they are kept
+    checkpoints:Path|None,  # directory of the run, where they are kept
     lessons:Path|None=None, # directory to keep them in for other runs too
     progress:bool=False,    # show progress bars?
 ) -> Dataset: # as `distillation_data` gives it
     "What a specialist teaches, asked once; raises `ValueError` where other teacher data are kept"
     check_lessons(lessons)
-    folder, first = lessons or checkpoints/'lessons', is_main_process()
+    folder, first = lessons or checkpoints and checkpoints/'lessons', is_main_process()
     settings = dict(max_new_tokens=options.longest, stop='\n' if options.first_line else None, progress=progress)
     with PartialState(cpu=teacher.device.type == 'cpu').main_process_first():
-        if first and not lessons: own_directory(checkpoints)
-        with hold_output(folder) if first and not folder.exists() else nullcontext():
+        if first and checkpoints and not lessons: own_directory(checkpoints)
+        with hold_output(folder) if first and folder and not folder.exists() else nullcontext():
             return distillation_data(teacher, questions, specialist, keep=folder,
                                      prompts=prompts_of_both(options.prompts)[0], **settings)
 
@@ -90,16 +90,17 @@ def learn_lessons(
     start:Adapter|None,     # where to start, such as the carried adapter; a fresh LoRA by default
     labelled:list[dict],    # examples with true answers, which win over the specialist's
     options:RefreshOptions, # of the training
-    checkpoints:Path,       # where an interrupted run is resumed
+    checkpoints:Path|None,  # where an interrupted run is resumed
     progress:bool=False,    # show a progress bar?
     say:Callable|None=None, # told in a line what a round of the training has brought
     spent:float=0.,         # seconds of the budget that the lessons took
+    origin:str|None=None,   # hash of what the start was made from; of its numbers by default
 ) -> tuple[Adapter, Run]: # the refreshed adapter, the loss at every step
     "Teach the new model what a specialist says, for so many steps or passes, or in rounds"
     rank = max((len(A) for A, _ in specialist.updates.values()), default=8)
     shared = dict(soft=options.soft, lr=options.lr, rank=rank, seed=options.seed,
                   prompts=prompts_of_both(options.prompts)[1], specialist=specialist, checkpoints=checkpoints,
-                  progress=progress)
+                  start=origin, progress=progress)
     length = {name: x for name in ('steps', 'epochs') if (x := getattr(options, name)) is not None}
     if length: return refresh(student, taught, start, labelled, **length, **shared)
     left = None if options.budget is None else max(0., options.budget - spent)
