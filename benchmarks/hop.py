@@ -44,7 +44,7 @@ def documents() -> tuple[list[str], list[str]]: # to train on, held out
     texts = [*texts]
     return [text for i, text in enumerate(texts) if i % 10], texts[::10][:60]
 
-def make_successor(upgrade:str):
+def make_successor(upgrade:str, lr:float):
     "An enlargement that computes the same, or one that was trained further on other text"
     if not LARGER.is_dir(): enlarge(load_model(MODEL, **CPU), LARGER)
     if (PLACE/upgrade).is_dir(): return
@@ -52,7 +52,7 @@ def make_successor(upgrade:str):
     texts, held_out = documents()
     before = bits_per_byte(new, held_out, batch_size=4).mean().item()
     rows = pack_texts(new.tokenizer, texts, STEPS*BATCH, LENGTH)
-    fit(new.model.train(), rows, new.tokenizer, STEPS, RATES[upgrade], batch_size=BATCH, progress=True)
+    fit(new.model.train(), rows, new.tokenizer, STEPS, lr, batch_size=BATCH, progress=True)
     new.model.eval()
     after = bits_per_byte(new, held_out, batch_size=4).mean().item()
     print(f'bits per byte of held-out documentation: {before:.3f} -> {after:.3f}')
@@ -110,7 +110,7 @@ def main():
     runs = []
     for upgrade in RATES:
         say(f'the upgrade {upgrade}')
-        make_successor(upgrade)
+        make_successor(upgrade, RATES[upgrade])
         file = PLACE/'runs'/f'{upgrade}.jsonl'
         record_experiment(RealExperiment(upgrade, 'additions', PLACE), file, plan)
         runs += read_records(file)['runs']

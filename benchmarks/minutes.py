@@ -1,17 +1,18 @@
 """What CPU seconds buy after an upgrade: carried, refitted, refreshed for some steps or in rounds, or trained on labels
 
-One real pair (a model of 135M parameters and an enlargement of it that was trained on) and three tiny ones. Every run
+One real pair (a model of 135M parameters and an enlargement of it that was trained on) and four tiny ones. Every run
 is kept as soon as it is made; started again, the command goes on with those that are missing.
 """
 from real import ADAPTER, CACHE, MODEL, prepare, say, train
 import random, time
 from functools import cache
 import torch
-from hop import make_successor, PLACE, sums
+from hop import make_successor, PLACE, RATES, sums
 from tqdm.auto import tqdm
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.files import data_dir
 from lorasuite.core.loading import load_model
+from lorasuite.lab.recipes import Experiment
 from lorasuite.lab.refit import best_refit
 from lorasuite.stages.alignment import align, Alignment
 from lorasuite.stages.transfer import transfer
@@ -32,6 +33,7 @@ PAIRS = { # pair: rate of a refresh; questions and steps of refreshes; steps and
     'new-far': (1e-3, {64: (5, 10, 20, 50, 100, 200), 300: (5, 20, 100, 200)}, {100: 100, None: 300},
                 (1e-3, 3e-3, 1e-2)),
     'stranger': (3e-3, {64: (20, 100, 200), 300: (20, 100, 200)}, {100: 100, None: 300}, (1e-3, 3e-3, 1e-2)),
+    'back': (1e-3, {64: (5, 10, 20, 50, 100, 200), 300: (5, 20, 100, 200)}, {100: 400, None: 1200}, (1e-3, 3e-3)),
     'gentle': (3e-4, {64: (5, 10, 20, 40, 80), 300: (10, 40, 160)}, {100: 20, None: 40}, (3e-4, 1e-3, 3e-3))}
 
 def timed(make) -> tuple: # what was made, CPU seconds
@@ -39,16 +41,21 @@ def timed(make) -> tuple: # what was made, CPU seconds
     made = make()
     return made, time.process_time() - begin
 
+def parts_of(name:str) -> tuple: # old and new model, an adapter of the old one, data
+    "What a pair is made of"
+    if name == 'gentle': return load_model(MODEL, **CPU), load_model(PLACE/name, **CPU), Adapter.load(ADAPTER), sums()
+    if name == 'back':
+        found = Experiment(name, 'sums', CACHE/'minutes'/'lab')
+        return found.old, found.new, found.source, found.data
+    data = {split: load_data(data_dir()/'zoo'/f'{split}.jsonl') for split in ('train', 'validation', 'test')}
+    return load_model('zoo/old'), load_model(f'zoo/{name}'), Adapter.load('zoo/adapter'), data
+
 class Pair:
     "Two models, an adapter of the first, and a task"
     def __init__(self, name:str):
-        self.name, real = name, name == 'gentle'
+        self.name = name
         self.rate, self.refreshes, self.labels, self.rates = PAIRS[name]
-        self.old = load_model(MODEL, **CPU) if real else load_model('zoo/old')
-        self.new = load_model(PLACE/name, **CPU) if real else load_model(f'zoo/{name}')
-        self.source = Adapter.load(ADAPTER if real else 'zoo/adapter')
-        self.data = sums() if real else {split: load_data(data_dir()/'zoo'/f'{split}.jsonl')
-                                         for split in ('train', 'validation', 'test')}
+        self.old, self.new, self.source, self.data = parts_of(name)
         self.data = dict(inputs=self.data['train']) | self.data
         self.rank = max(len(A) for A, _ in self.source.updates.values())
 
@@ -110,7 +117,7 @@ def main():
     say('SmolLM2-135M from its wheel, its adapter for sums, and its successor')
     prepare()
     train(load_model(MODEL, **CPU))
-    make_successor('gentle')
+    make_successor('gentle', RATES['gentle'])
     log = RunLog(FILE, KEY, 'make minutes')
     for name in PAIRS:
         pair = Pair(name)

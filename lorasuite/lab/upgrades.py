@@ -90,6 +90,7 @@ def train_specialist(
     seed:int=0, # of the training
 ) -> tuple[Adapter, Run]: # the adapter, its training
     "A fresh LoRA that learned all examples with `SPECIALIST_SETTING`; made if it is not there yet"
+    place.mkdir(parents=True, exist_ok=True)
     path = place/(f'{name.replace("/", "-")}-{task}' + (f'-{seed}' if seed else ''))
     log = path.with_suffix('.json')
     if not (path.exists() and log.exists()):
