@@ -20,8 +20,21 @@ from .core.names import printable, shortened
 from .core.settings import check_training, SCHEDULES
 
 # %% ../nbs/reference/cli.ipynb #e89afdb7
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None,
-                  help='Carry a LoRA adapter from an old language model to its successor.')
+app = typer.Typer(name='lorasuite', add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+
+# %% ../nbs/reference/cli.ipynb #version1
+def _print_version(asked:bool):
+    "Print the version and stop, where it was asked for"
+    if not asked: return
+    from lorasuite import __version__
+    print('lorasuite', __version__)
+    raise typer.Exit
+
+@app.callback()
+def _all_commands(version:Annotated[bool, typer.Option(
+    '--version', callback=_print_version, is_eager=True, help='print the version of lorasuite')]=False):
+    "Carry a LoRA adapter from an old language model to its successor."
+
 
 # %% ../nbs/reference/cli.ipynb #078fd96d
 def _fail(message:str, status:int):
@@ -83,6 +96,16 @@ def _benchmark_line(
     value, error = (f'{x:.3f}' if isinstance(x, float) else f'{x}' for x in (row['value'], row['error']))
     return f'{row["task"]}, {row["metric"]}: {value}' + f' ± {error}'*isinstance(row['error'], float)
 
+# %% ../nbs/reference/cli.ipynb #wrongline1
+_WRONG = 3 # wrong answers that are printed
+
+def _wrong_line(
+    row:dict, # `example`, the number of it; what was `said`, and the `answer`
+) -> str:
+    "An answer that was not the expected one, of long ones the beginning"
+    return f'wrong, example {row["example"]}: {row["said"][:100]!r}, expected {row["answer"][:100]!r}'
+
+
 # %% ../nbs/reference/cli.ipynb #resultlines
 _NAMED = 24 # names that a line holds; a card and `--json` have them all
 
@@ -96,6 +119,7 @@ def _result_lines(
         elif 'whole_weights' in name: yield f'{said}, put on the model as they are: {shortened(value, _NAMED)}'
         elif name == 'facts': yield from value
         elif name == 'prompts': yield from _prompt_lines(value)
+        elif name == 'wrong': yield from map(_wrong_line, value[:_WRONG])
         elif name == 'benchmarks': yield from map(_benchmark_line, value)
         elif name == 'accuracy' and 'interval' in result:
             low, high = result['interval']
@@ -565,6 +589,15 @@ def _facts(card:str) -> list[str]:
     lines = card.split('\n---\n', 1)[-1].splitlines() # behind the head
     return [line[2:] for line in lines if line.startswith('- ') and not any(x in line for x in _ELSEWHERE)]
 
+# %% ../nbs/reference/cli.ipynb #measure1
+def _how_to_measure(
+    new:str,    # the model
+    out:Path,   # the carried adapter
+) -> str:
+    "What the facts of a transfer do not tell"
+    return f'how many answers are right was not measured: lorasuite evaluate {new} --adapter {out} --data FILE'
+
+
 # %% ../nbs/reference/cli.ipynb #189839ac
 def _transfer_one(adapter:str, alignment:Path, out:Path, **options) -> dict:
     "Transfer a single adapter"
@@ -581,6 +614,7 @@ def _transfer_one(adapter:str, alignment:Path, out:Path, **options) -> dict:
     carried = carry_whole(source, maps, options['plain_rank'])
     carried.card += forced_line(source, maps, options['force'])
     errors = _write(carried, out, max_rank=options['max_rank'], **written)
+    _say(_how_to_measure(maps.new.name, out))
     found = dict(out=str(out), adapter=str(carried), facts=_facts(carried.card)) | _brought(carried)
     return found | errors | dict(skipped=skipped_by_reason(carried))
 
@@ -702,6 +736,12 @@ def _check_refresh(
     if start: check_base(start, new)
     return check_prompts(old, new, labelled, questions, prompts, specialist, start)
 
+# %% ../nbs/reference/cli.ipynb #judgedfn
+def _judged(card:str) -> list[str]:
+    "What the card of an adapter that was refreshed in rounds says of the lessons kept aside"
+    return [line[2:] for line in card.splitlines() if line.startswith('- on ') and ' lessons kept aside' in line][-1:]
+
+
 # %% ../nbs/reference/cli.ipynb #refone3
 def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, data, lessons, options) -> dict:
     "Refresh a single adapter; the old model is let go before the training"
@@ -724,7 +764,9 @@ def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, dat
         student, taught, replace(specialist, base=old), first, labelled, say=_say, spent=spent, **shared)
     _finish(refreshed, out)
     counts = dict(prompts=asked, inputs=len(questions), answered=len(taught), labelled=len(labelled))
-    return dict(out=str(out), adapter=str(refreshed)) | counts | _costs(run) | beside | _beside_updates(refreshed)
+    in_rounds = options.steps is None and options.epochs is None
+    found = dict(out=str(out), adapter=str(refreshed), facts=_judged(refreshed.card) if in_rounds else [])
+    return found | counts | _costs(run) | beside | _beside_updates(refreshed)
 
 # %% ../nbs/reference/cli.ipynb #refmany2
 def _refresh_many(old:str, names:list[str], new:str, inputs:str, out:Path, as_json:bool, **settings) -> dict:
@@ -807,6 +849,8 @@ def evaluate_command(
         score = evaluate(decoder, rows, worn, MATCHES[match], prompts, progress=_show_progress(), **longer)
         seconds = round(score.seconds, 1)
         report |= dict(accuracy=score.accuracy, interval=score.interval, questions=len(rows), seconds=seconds)
+        report['wrong'] = [dict(example=i, said=score.answers[i-1], answer=e['answer'])
+                           for i, e in enumerate(rows, 1) if not score.right[i-1]]
     if names: report['benchmarks'] = benchmark(decoder, names, worn)
     return report | _beside_updates(worn, decoder=decoder)
 
@@ -836,6 +880,7 @@ def upgrade_command(
         upgraded, run = upgrade(old, new, source, labelled, questions, _text_lines(texts), method, _show_progress(),
                                 prompts, plain_rank, _checkpoints(out), _say, **training)
     errors = _write(upgraded, out, format, dtype, max_rank, compact)
+    if not run: _say(_how_to_measure(new, out))
     costs = _brought(upgraded) | _costs(run) | errors
     counts = dict(inputs=len(questions), labelled=len(labelled)) if questions else {}
     found = dict(out=str(out), adapter=str(upgraded), facts=_facts(upgraded.card)) | counts
@@ -867,7 +912,7 @@ def _base_of(source, adapter:str, base:str|None):
         raise ValueError(f'the base that {adapter} names cannot be read ({e}): give --base MODEL') from None
 
 # %% ../nbs/reference/cli.ipynb #0846bf19
-def _load_for(adapter:str, base:str|None, rank:int|None):
+def _load_for(adapter:str, base:str|None, rank:int|None, which:str|None=None):
     "An adapter under the names of its base, of another method as a LoRA; raises `ValueError` where they do not fit"
     import inspect
     from lorasuite.core.adapter import Adapter, detect_format, find_format
@@ -875,7 +920,7 @@ def _load_for(adapter:str, base:str|None, rank:int|None):
     from lorasuite.core.model import model_info
     from lorasuite.stages.pairing import check_base
     takes_base = 'base' in inspect.signature(find_format(detect_format(adapter)).read).parameters
-    try: source = Adapter.load(adapter, **(dict(base=base) if base and takes_base else {}))
+    try: source = Adapter.load(adapter, adapter_name=which, **(dict(base=base) if base and takes_base else {}))
     except OtherMethod:
         if not base: raise
         return _merged(adapter, base, rank)
@@ -892,11 +937,12 @@ def convert_command(
     out:_Out,
     base:Annotated[Optional[str], typer.Option(
         metavar='MODEL', help='model that the adapter is for; the one that it names by default')]=None,
-    format:_Format='peft', dtype:_Dtype='base', max_rank:_MaxRank=None, compact:_Compact=False, json_:_Json=False,
+    format:_Format='peft', dtype:_Dtype='base', max_rank:_MaxRank=None, compact:_Compact=False,
+    adapter_name:_Which=None, json_:_Json=False,
 ):
     "Write an adapter in other files: for PEFT, mlx-lm or llama.cpp. Its model stays the same."
     from lorasuite.core.ranks import check_writing
-    source = _load_for(adapter, base, max_rank)
+    source = _load_for(adapter, base, max_rank, adapter_name)
     check_writing(source.base, format, dtype, compact)
     errors = _write(source, out, format, dtype, max_rank, compact)
     return dict(out=str(out), adapter=str(source)) | errors | _beside_updates(source)

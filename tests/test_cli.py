@@ -6,11 +6,12 @@ import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
+from lorasuite.core.adapter import Adapter
 from lorasuite.core.architecture import ROLES
 from lorasuite.core.files import data_dir
 from lorasuite.core.loading import load_model
 from lorasuite.lab.demo import DEMO_METHODS
-from lorasuite import cli
+from lorasuite import __version__, cli
 from lorasuite.cli import app
 
 ZOO = data_dir()/'zoo'
@@ -125,6 +126,10 @@ def test_an_upgrade_within_a_budget(work, hundred):
     assert any(line.startswith('100 lessons after ') for line in lines)
     assert any(re.match(r'after 8 steps, \d+ s: chance of the old answers ', line) for line in lines)
     assert lines[-1].endswith('the last round') and 'lessons kept aside' in (work/'in-time'/'README.md').read_text()
+    refresh = ('refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', hundred)
+    assert ' lessons kept aside, the chance ' in run(*refresh, '--budget', '1s', '-o', work/'in-a-second').stdout
+    again = run(*refresh, '--start', work/'in-a-second', '--steps', 1, '-o', work/'one-more')
+    assert again.exit_code == 0 and 'kept aside' not in again.stdout # it was not measured again
 
 def test_a_killed_upgrade_goes_on(work, hundred, monkeypatch):
     "Killed in its training, it asks nobody again, and the result is that of a run that was not"
@@ -198,6 +203,38 @@ def test_text_output(alignment):
     result = run('evaluate', 'zoo/old', '--data', ZOO/'validation.jsonl', '--adapter', 'zoo/adapter')
     assert result.exit_code == 0 and re.search(r'^accuracy: \d+\.\d% \(95% interval \d+–\d+%\)$', result.stdout, re.M)
     assert not re.search(r'[\[{]\d|\d\.\d{5}', result.stdout)
+
+def test_wrong_answers_are_shown(tmp_path):
+    "Of questions in any form the first three, in JSON all"
+    rows = [json.loads(line) for line in (ZOO/'test.jsonl').read_text().splitlines()[:6]]
+    chats = [dict(messages=[dict(role='user', content=r['instruction']), dict(role='assistant', content='no answer')])
+             for r in rows]
+    (tmp_path/'chats.jsonl').write_text(''.join(json.dumps(chat) + '\n' for chat in chats))
+    command = ['evaluate', 'zoo/old', '--data', tmp_path/'chats.jsonl', '--adapter', 'zoo/adapter']
+    lines = [line for line in run(*command).stdout.splitlines() if line.startswith('wrong, example ')]
+    wrong = report(*command)['wrong']
+    assert len(lines) == 3 and [w['example'] for w in wrong] == [1, 2, 3, 4, 5, 6]
+    assert lines[0] == f"wrong, example 1: {wrong[0]['said']!r}, expected 'no answer'"
+
+def test_an_adapter_is_converted_by_its_name(tmp_path):
+    "One of many in a directory; other formats hold one, and say so"
+    for name in ('a', 'b'): Adapter.load('zoo/adapter').save(tmp_path/'two'/name)
+    assert 'choose one by --adapter-name' in run('convert', tmp_path/'two', '-o', tmp_path/'out').stderr
+    one = report('convert', tmp_path/'two', '--adapter-name', 'b', '-o', tmp_path/'out', '--format', 'gguf')
+    assert one['adapter'].startswith('Adapter(28 updates')
+    for command in (['convert', tmp_path/'out', '-o', tmp_path/'x'], ['inspect', 'zoo/old', 'zoo/new', tmp_path/'out']):
+        refused = run(*command, '--adapter-name', 'b')
+        assert refused.exit_code == 2 and "single adapter, which is not chosen by name: leave 'b' out" in refused.stderr
+
+def test_version():
+    assert run('--version').stdout == f'lorasuite {__version__}\n'
+
+def test_what_was_not_measured_is_said(work, hundred):
+    "Where nothing was trained, the output names the command that counts right answers"
+    upgrade = ['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter']
+    said = run(*upgrade, '-o', work/'unmeasured').stderr
+    assert f'not measured: lorasuite evaluate zoo/new --adapter {work/"unmeasured"} --data FILE' in said
+    assert 'not measured' not in run(*upgrade, '--data', hundred, '--steps', 1, '-o', work/'one-step').stderr
 
 def test_results_are_for_people(tmp_path):
     "No tuple, dict or number of ten digits; `--json` keeps them"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from importlib import import_module
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 import torch
@@ -143,6 +144,8 @@ class Adapter:
     ) -> 'Adapter':
         "Read an adapter and warn of what is left out; raises `ValueError` naming what is not a plain update"
         read = _format_function(format or detect_format(name), 'read')
+        if adapter_name and 'adapter_name' not in signature(read).parameters:
+            raise ValueError(f'{name} holds a single adapter, which is not chosen by name: leave {adapter_name!r} out')
         if adapter_name: options['adapter_name'] = adapter_name
         adapter = read(name, **options)
         for warning in _shortcomings(adapter): warnings.warn(f'{name}: {warning}', stacklevel=3)

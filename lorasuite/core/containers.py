@@ -39,8 +39,9 @@ def _no_adapter(
 ) -> FileNotFoundError:
     "The error for a directory without an adapter, with a remedy for what is there instead"
     if (root/'config.json').is_file():
-        return FileNotFoundError(f'{name} has no {SETTINGS}: it is a whole model, not an adapter. Give the adapter '
-                                 'before it was merged, or extract a LoRA from the difference to its base')
+        return FileNotFoundError(f'{name} has no {SETTINGS}: it is a whole model, not an adapter. Check the order of '
+                                 'the arguments, give the adapter before it was merged, or extract a LoRA from the '
+                                 'difference to its base')
     if any(next(root.glob(pattern), None) for pattern in _MEGATRON):
         return FileNotFoundError(f'{name} has no {SETTINGS}: it is a checkpoint of NeMo or Megatron. Export the '
                                  'adapter as PEFT first, by export_adapter_ckpt of Megatron Bridge or export_lora '

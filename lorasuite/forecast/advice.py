@@ -86,7 +86,8 @@ def text_advice(
 ) -> str:
     "The advice as a text to read"
     agreement = f"the carried adapter answers {advice['value']:.0%} of the questions as the old specialist does"
-    sign = dict(agreement=agreement, heads=f"matched heads stand out by {advice['value']:.2f}")[advice['sign']]
+    sign = dict(agreement=agreement, heads="from the weights alone: matched heads stand out by "
+                f"{advice['value']:.2f}; with --inputs, from answers")[advice['sign']]
     marks = {option: '→' if option == advice['recommendation'] else ' ' for option in advice['keeps']}
     lines = [f'{marks[o]} {o:18}{k:6.0%}   needs {OPTIONS[o]}' for o, k in advice['keeps'].items()]
     judged_by = 'similar upgrades of tiny models (0.3 to 0.8 million parameters)'

@@ -76,7 +76,8 @@ def pseudo_label(
     if not examples:
         raise ValueError(f'the old specialist left all {len(inputs):,} inputs unanswered, or did not finish within '
                          f'{max_new_tokens} tokens: is this its adapter, are the inputs of its kind, '
-                         'and does a line break end its answers? Thoughts count too')
+                         'and does a line break end its answers (--first-line)? Thoughts count too. For longer '
+                         'answers raise --longest (max_new_tokens)')
     _warn_of_left_out(whys)
     return examples
 
