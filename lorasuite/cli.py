@@ -35,7 +35,6 @@ def _all_commands(version:Annotated[bool, typer.Option(
     '--version', callback=_print_version, is_eager=True, help='print the version of lorasuite')]=False):
     "Carry a LoRA adapter from an old language model to its successor."
 
-
 # %% ../nbs/reference/cli.ipynb #078fd96d
 def _fail(message:str, status:int):
     "Say in one line what is wrong, on stderr, and stop"
@@ -105,7 +104,6 @@ def _wrong_line(
     "An answer that was not the expected one, of long ones the beginning"
     return f'wrong, example {row["example"]}: {row["said"][:100]!r}, expected {row["answer"][:100]!r}'
 
-
 # %% ../nbs/reference/cli.ipynb #resultlines
 _NAMED = 24 # names that a line holds; a card and `--json` have them all
 
@@ -145,7 +143,7 @@ def _checked(
         if name == 'out' and str(value) == '.':
             raise ValueError('out is empty, or the directory that you are in: name a directory to make')
         values = values | {name: type(value)(os.path.expanduser(value))}
-    check_training(**values | dict(schedule=getattr(values.get('schedule'), 'value', None)))
+    check_training(**values | dict(schedule=getattr(values.get('schedule'), 'value', None), budget=None)) # a text yet
     return values
 
 # %% ../nbs/reference/cli.ipynb #192ca8ec
@@ -426,7 +424,10 @@ def _check_column(
 def _renaming(columns:str|None) -> dict[str, str]:
     "Our names of columns with the file's, from OURS=THEIRS,…; raises `ValueError` for another text"
     pairs = [pair.partition('=')[::2] for pair in (columns or '').split(',') if columns]
+    pairs = [(ours.strip(), theirs) for ours, theirs in pairs]
     for ours, theirs in pairs: _check_column(ours, theirs)
+    twice = [ours for i, (ours, _) in enumerate(pairs) if ours in dict(pairs[:i])]
+    if twice: raise ValueError(f'--columns {columns}: {twice[0]} is given twice: leave one out')
     if all(ours and theirs for ours, theirs in pairs): return dict(pairs)
     raise ValueError(f'--columns {columns}: give pairs such as instruction=question,output=answer')
 
@@ -471,7 +472,9 @@ def _text_lines(path:Path|None) -> list[str]|None:
     if path and path.is_dir(): raise IsADirectoryError(f'{path} is no file of texts (Is a directory): name a file')
     if path and not path.exists():
         raise FileNotFoundError(f'no such file of texts: {path}{did_you_mean(path, Path.is_file)}')
-    return path and [line for line in read_utf8(path).split('\n') if line.strip()]
+    found = path and [line for line in read_utf8(path).split('\n') if line.strip()]
+    if found == []: raise ValueError(f'{path} holds no text to compare layers on: leave --texts out, or write some')
+    return found
 
 # %% ../nbs/reference/cli.ipynb #6148ed07
 def _costs(run) -> dict: # only the steps where nothing was trained
@@ -582,7 +585,7 @@ def _brought(adapter) -> dict[str, str]:
     return dict(tokens_added=lines[-1].removeprefix('- tokens added: ').replace('`', '')) if lines else {}
 
 # %% ../nbs/reference/cli.ipynb #factsfn
-_ELSEWHERE = ('SHA-256', '- skipped', '- versions:') # lines of a card that are said otherwise, or only there
+_ELSEWHERE = ('SHA-256', '- skipped', '- versions:', '- tokens added:') # lines of a card that are not said as facts
 
 def _facts(card:str) -> list[str]:
     "What the card of a carried adapter says of the transfer"
@@ -597,6 +600,11 @@ def _how_to_measure(
     "What the facts of a transfer do not tell"
     return f'how many answers are right was not measured: lorasuite evaluate {new} --adapter {out} --data FILE'
 
+# %% ../nbs/reference/cli.ipynb #ascarr1
+def _as_carried(source, plain_rank:int|None):
+    "An adapter with the parts that it will have when it is carried"
+    from dataclasses import replace
+    return replace(source, weights={}, magnitudes={} if plain_rank else source.magnitudes)
 
 # %% ../nbs/reference/cli.ipynb #189839ac
 def _transfer_one(adapter:str, alignment:Path, out:Path, **options) -> dict:
@@ -610,7 +618,7 @@ def _transfer_one(adapter:str, alignment:Path, out:Path, **options) -> dict:
     source = _load_adapter(adapter, options['adapter_name'])
     maps = Alignment.load(alignment)
     check_pair(source, maps, options['force'])
-    check_writing(maps.new.name, **written)
+    check_writing(maps.new.name, **written, adapter=_as_carried(source, options['plain_rank']))
     carried = carry_whole(source, maps, options['plain_rank'])
     carried.card += forced_line(source, maps, options['force'])
     errors = _write(carried, out, max_rank=options['max_rank'], **written)
@@ -738,9 +746,8 @@ def _check_refresh(
 
 # %% ../nbs/reference/cli.ipynb #judgedfn
 def _judged(card:str) -> list[str]:
-    "What the card of an adapter that was refreshed in rounds says of the lessons kept aside"
-    return [line[2:] for line in card.splitlines() if line.startswith('- on ') and ' lessons kept aside' in line][-1:]
-
+    "What the card of an adapter that was refreshed in rounds says of its lessons"
+    return [line[2:] for line in card.splitlines() if line.startswith('- on ') and 'the mean chance of an answer' in line][-1:]
 
 # %% ../nbs/reference/cli.ipynb #refone3
 def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, data, lessons, options) -> dict:
@@ -775,6 +782,14 @@ def _refresh_many(old:str, names:list[str], new:str, inputs:str, out:Path, as_js
     report = refresh_many(old, names, new, inputs, out, progress=_show_progress(), say=_say, **settings)
     found = report if as_json else dict(prompts=report['prompts'], facts=refresh_lines(report))
     return found | dict(failures=_failures(report))
+
+# %% ../nbs/reference/cli.ipynb #apartfn1
+def _check_apart(lessons:Path|None, out:Path, many:bool):
+    "Raise `ValueError` for teacher data that shall lie where a result goes"
+    if lessons is None: return
+    kept, made = lessons.absolute(), out.absolute()
+    if kept == made or made in kept.parents and not many:
+        raise ValueError(f'--lessons {lessons} lies where the result goes, {out}: name another directory for them')
 
 # %% ../nbs/reference/cli.ipynb #0e4372b0
 @_command
@@ -811,6 +826,7 @@ def refresh_command(
     options = RefreshOptions(soft, longest, first_line, epochs, steps, _seconds(budget), lr, seed, _prompts(
         prompt, chat_template, thinking, models=2), _renaming(columns), split, adapter_name)
     given = dict(start=start, data=data, lessons=lessons, options=options)
+    _check_apart(lessons, out, many)
     if not many: return _refresh_one(old, adapters[0], new, inputs, out, **given)
     return _refresh_many(old, _many_names(adapters, listed, hub_user, lambda: old), new, inputs, out, json_, **given)
 
@@ -872,10 +888,11 @@ def upgrade_command(
     from lorasuite.training.upgrade import upgrade
     training = dict(budget=_seconds(budget), steps=steps, epochs=epochs, lr=lr, seed=seed)
     if inputs: training |= dict(longest=longest, first_line=first_line)
-    training = {name: x for name, x in training.items() if x is not None}
+    training = {name: x for name, x in training.items() if x is not None and (data or inputs)}
     prompts = _prompts(prompt, chat_template, thinking, models=2)
     labelled, questions = _examples(data, columns, split), _examples(inputs, columns, split, labelled=False)
     source = _load_adapter(adapter, adapter_name)
+    check_writing(new, format, dtype, compact, _as_carried(source, plain_rank))
     with _asking(yes):
         upgraded, run = upgrade(old, new, source, labelled, questions, _text_lines(texts), method, _show_progress(),
                                 prompts, plain_rank, _checkpoints(out), _say, **training)

@@ -281,6 +281,11 @@ CALLS = dict( # call on (old, new, alignment, adapter, a file), what the message
     strength=(lambda o, n, m, a, f: refit(a, m, o, n, ['a'], strength=-1.), r'strength=-1\.0'),
     budget=(lambda o, n, m, a, f: upgrade(o, n, a, [GOOD], budget=9.), 'budget cannot apply without inputs'),
     no_setting=(lambda o, n, m, a, f: upgrade(o, n, a, inputs=[GOOD], speed=9.), "argument 'speed'"),
+    no_data_at_all=(lambda o, n, m, a, f: upgrade(o, n, a, speed=9.), 'speed cannot apply without data or inputs'),
+    adapter_name=(lambda o, n, m, a, f: upgrade(o, n, a, inputs=[GOOD], adapter_name='x'), 'give it to `Adapter.load`'),
+    budget_and_steps=(lambda o, n, m, a, f: upgrade(o, n, a, inputs=[GOOD], budget=9., steps=3), 'beside steps'),
+    endless_budget=(lambda o, n, m, a, f: upgrade(o, n, a, inputs=[GOOD], budget=float('inf')), 'budget=inf: give a'),
+    three_prompts=(lambda o, n, m, a, f: upgrade(o, n, a, inputs=[GOOD], prompts=(None,)*3), 'prompts for 3 models'),
     no_answers=(lambda o, n, m, a, f: agreement([], []), 'answers is empty'),
     shrunk=(lambda o, n, m, a, f: shrink(a, 0), 'rank=0'),
     tokenizer=(lambda o, n, m, a, f: Decoder(n.model, 'zoo/new'), 'tokenizer is str'),
@@ -434,3 +439,49 @@ def test_the_help_of_chat_templates():
     def speaks_of_two(command): return 'OLD,NEW' in CliRunner().invoke(app, [command, '--help']).output
     assert not any(map(speaks_of_two, ('finetune', 'evaluate', 'transfer'))) # a transfer asks nothing
     assert all(map(speaks_of_two, ('upgrade', 'refresh', 'inspect')))
+
+# ---- a third hundred
+
+def test_questions_that_ask_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('blank.jsonl').write_bytes(b'\n'.join([row(instruction=' \n')]*3))
+    status, lines = run(*UPGRADE[:-1], 'out', '--inputs', 'blank.jsonl')
+    assert status == 2 and len(lines) == 1 and 'the questions of all 3 examples are empty: name the column' in lines[0]
+    Path('some.jsonl').write_bytes(b'\n'.join([row(instruction=''), row()]))
+    assert load_data('some.jsonl', labelled=False).description.endswith('; 1 questions are empty')
+    Path('in_input.jsonl').write_bytes(row(instruction='', input='Who?'))
+    assert 'empty' not in load_data('in_input.jsonl', labelled=False).description
+
+def test_columns_given_twice(tmp_path):
+    file = tmp_path/'a.jsonl'
+    file.write_text('{"question": "Who?", "reply": "Ann", "other": "Bob"}')
+    asks = ['evaluate', 'zoo/new', '--data', file, '--columns']
+    status, lines = run(*asks, 'output=reply,instruction=question,output=other')
+    assert status == 2 and 'output is given twice: leave one out' in lines[-1]
+    assert run(*asks, 'output=reply, instruction=question')[0] == 0 # a blank before our name
+
+def test_teacher_data_where_the_result_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teach = ['refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', 'zoo/test.jsonl', '-o', 'out', '--lessons']
+    for lessons in ('out', 'out/lessons', './out'):
+        status, lines = run(*teach, lessons)
+        assert status == 2 and len(lines) == 1 and f'--lessons {Path(lessons)} lies where the result goes' in lines[0]
+    assert not [*tmp_path.iterdir()]
+
+def test_texts_without_a_text(tmp_path):
+    (tmp_path/'texts').write_text(' \n\n')
+    status, lines = run('align', 'zoo/old', 'zoo/new', '-o', tmp_path/'out', '--texts', tmp_path/'texts')
+    assert status == 2 and f'{tmp_path}/texts holds no text to compare layers on' in lines[0]
+
+def test_a_folder_in_the_way_of_checkpoints(tmp_path, monkeypatch):
+    "It is found out before the alignment"
+    (tmp_path/'.out-checkpoints').mkdir()
+    (tmp_path/'.out-checkpoints'/'thesis').touch()
+    monkeypatch.setattr('lorasuite.training.upgrade.align', lambda *args, **kwargs: pytest.fail('it aligned'))
+    status, lines = run(*UPGRADE[:-1], tmp_path/'out', '--inputs', 'zoo/test.jsonl')
+    assert status == 2 and '.out-checkpoints is in the way' in lines[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ['.out-checkpoints']
+
+def test_a_budget_beyond_all_numbers(tmp_path):
+    status, lines = run(*UPGRADE[:-1], tmp_path/'out', '--inputs', 'zoo/test.jsonl', '--budget', f'{"9"*400}h')
+    assert status == 2 and 'budget=inf: give a number from 0 to' in lines[-1] and not [*tmp_path.iterdir()]

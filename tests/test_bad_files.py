@@ -588,3 +588,18 @@ def test_alignments_behind_their_checksum(tmp_path, maps_folder):
     assert Alignment.load(saved()).layers
     for make, head, change, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)): Alignment.load(make(head, change))
+
+@pytest.mark.parametrize('sha256', ['abc', '[1]', '{model.safetensors: 5}', '3'])
+def test_a_card_of_ours_that_somebody_changed(tmp_path, sha256):
+    "What it says of the base is not believed, and nothing stumbles over it"
+    shutil.copytree(ZOO/'adapter', tmp_path/'adapter')
+    head = f'---\nlorasuite:\n  base:\n    name: zoo/old\n    sha256: {sha256}\n---\n# Mine\n'
+    (tmp_path/'adapter'/'README.md').write_text(head)
+    result = run('convert', tmp_path/'adapter', '-o', tmp_path/'out')
+    assert result.exit_code == 0 and result.stderr == '', result.output
+
+def test_biases_that_lack_are_named_in_a_few_words(tmp_path):
+    shutil.copytree(ZOO/'adapter', tmp_path/'adapter')
+    edit(SETTINGS, lora_bias=True)(tmp_path/'adapter')
+    with pytest.raises(ValueError, match='no lora_B.bias for model.layers.0.mlp.down_proj, .* and 22 more: the file'):
+        Adapter.load(tmp_path/'adapter')

@@ -175,6 +175,10 @@ WRONG_MLX = dict(
     magnitude=(PAIR | {f'{Q}.m': torch.ones(64)}, {}, 'has magnitudes of DoRA, but .* does not say dora'),
     weight=(PAIR | {'model.norm.weight': torch.ones(64)}, {}, 'model.norm.weight is not a LoRA update'),
     nan=(PAIR | {f'{Q}.lora_b': torch.full((2, 64), torch.nan)}, {}, 'not finite'),
+    number=(PAIR, dict(lora_parameters=dict(rank=2, scale=1, keys=5)), 'keys in lora_parameters is 5, no list of'),
+    infinite=(PAIR, dict(lora_parameters=dict(rank=2, scale=float('inf'))), 'scale in lora_parameters is inf'),
+    large=(PAIR, dict(lora_parameters=dict(rank=2, scale=1e39)), 'scale 1e.39 makes the update of .* infinite'),
+    base=(PAIR, dict(model=['x']), r"model is \['x'\], no name"),
     none=({}, {}, 'holds no LoRA update'))
 
 @pytest.mark.parametrize('name', WRONG_MLX)
@@ -264,13 +268,16 @@ WRONG_GGUF = dict(
     nobody=(FACTORS, dict(base=''), 'does not say for which model.*convert .* --base MODEL'),
     deeper=({name.replace('.1.', '.9.'): t for name, t in FACTORS.items()}, {}, 'blk.9.attn_k.weight, which zoo/old'),
     nan=(FACTORS | {f'{K}.lora_b': torch.full((64, 2), torch.nan)}, {}, 'no matrix of finite numbers'),
+    alpha=(FACTORS, dict(alpha=float('nan')), 'adapter.lora.alpha is nan, no finite number'),
+    gone=(FACTORS, dict(base='/home/x/old'), 'is for /home/x/old, which is not here.*convert .* --base MODEL'),
     none=({}, {}, 'holds no LoRA update'))
 
 @pytest.mark.parametrize('name', WRONG_GGUF)
 def test_wrong_gguf_files(tmp_path, name):
     pytest.importorskip('gguf')
     tensors, changes, message = WRONG_GGUF[name]
-    with pytest.raises(ValueError, match=message): Adapter.load(gguf_file(tmp_path/'a.gguf', tensors, **changes))
+    with pytest.raises((ValueError, OSError), match=message):
+        Adapter.load(gguf_file(tmp_path/'a.gguf', tensors, **changes))
 
 @pytest.mark.parametrize('alpha, scale', [(8., 4), (0., 1)])
 def test_gguf_scale_and_rows(tmp_path, alpha, scale):
@@ -443,3 +450,50 @@ def test_what_no_lora_can_stand_for(tmp_path, config):
     result = CliRunner().invoke(app, [*map(str, ['convert', tmp_path/'a', '--base', 'zoo/old', '-o', tmp_path/'out'])])
     assert result.exit_code == 2 and 'no LoRA can stand for it: train a LoRA' in result.stderr
     assert len(result.stderr.splitlines()) == 1 and not (tmp_path/'out').exists()
+
+# ---- what a format cannot hold is known before any work
+
+def with_part(folder, kind, **config):
+    "An adapter of the shipped old model with parts besides updates of two factors"
+    settings = LoraConfig(r=2, target_modules=['q_proj'], **config)
+    model = get_peft_model(copy.deepcopy(load_model('zoo/old').model), settings)
+    for name, p in model.named_parameters():
+        if p.requires_grad: p.data += .01
+    model.save_pretrained(folder/kind)
+    return folder/kind
+
+PARTS = dict(dora=dict(use_dora=True), bias=dict(lora_bias=True),
+             rows=dict(trainable_token_indices={'embed_tokens': [7]}))
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('format, kind, message', [
+    ('gguf', 'dora', 'GGUF holds no DoRA: transfer it with --plain-rank'), ('gguf', 'bias', 'no place for a bias'),
+    ('gguf', 'rows', 'no place for trained tokens'), ('mlx', 'bias', 'no place for the biases'),
+    ('mlx', 'rows', 'no place for trained tokens'), ('torchtune', 'rows', 'torchtune cannot be written')])
+def test_what_a_format_cannot_hold_is_refused_before_any_work(tmp_path, monkeypatch, format, kind, message):
+    pytest.importorskip('gguf')
+    source = with_part(tmp_path, kind, **PARTS[kind])
+    monkeypatch.setattr('lorasuite.training.upgrade.upgrade', lambda *args, **kwargs: pytest.fail('it began'))
+    monkeypatch.setattr('lorasuite.training.upgrade.align', lambda *args, **kwargs: pytest.fail('it aligned'))
+    done = run('upgrade', 'zoo/old', 'zoo/new', source, '--inputs', 'zoo/test.jsonl', '--format', format, '-o',
+               tmp_path/'out')
+    assert done.exit_code == 2 and message in done.stderr, done.output
+    assert [p.name for p in tmp_path.iterdir()] == [kind]
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_dora_becomes_plain_for_a_format_without(tmp_path):
+    pytest.importorskip('gguf')
+    (tmp_path/'few.jsonl').write_text(''.join((data_dir()/'zoo'/'train.jsonl').read_text().splitlines(True)[:8]))
+    source = with_part(tmp_path, 'dora', use_dora=True)
+    done = run('upgrade', 'zoo/old', 'zoo/new', source, '--inputs', tmp_path/'few.jsonl', '--steps', 1,
+               '--format', 'gguf', '--plain-rank', 4, '-o', tmp_path/'out')
+    assert done.exit_code == 0 and detect_format(tmp_path/'out') == 'gguf', done.output
+
+@pytest.mark.filterwarnings('default')
+def test_what_PEFT_says_of_checkpoints_is_not_for_people(tmp_path):
+    "They are ours alone, and a bias of LoRA is no sign of ZeRO-3"
+    (tmp_path/'few.jsonl').write_text(''.join((data_dir()/'zoo'/'train.jsonl').read_text().splitlines(True)[:8]))
+    source = with_part(tmp_path, 'bias', lora_bias=True)
+    done = run('upgrade', 'zoo/old', 'zoo/new', source, '--inputs', tmp_path/'few.jsonl', '--steps', 1,
+               '-o', tmp_path/'o')
+    assert done.exit_code == 0 and 'warning' not in done.stderr, done.stderr

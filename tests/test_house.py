@@ -128,7 +128,7 @@ def owned(path):
         else: continue
         yield from (name for name in names if not name.startswith('_'))
 
-FORMAT = {'read', 'write', 'recognises', 'check_base'} # what every format of adapters may define
+FORMAT = {'read', 'write', 'recognises', 'check_base', 'check_parts'} # what every format of adapters may define
 
 def test_a_name_has_one_owner():
     "But for the modules of formats, which all answer to the same few names"

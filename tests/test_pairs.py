@@ -10,6 +10,7 @@ from lorasuite.core.adapter import Adapter
 from lorasuite.core.files import data_dir
 from lorasuite.core.loading import load_model, same_weights, weight_hashes
 from lorasuite.stages.alignment import align, Alignment
+from lorasuite.stages.card import recorded_base
 from lorasuite.stages.pairing import base_doubt, pair_fault
 from lorasuite.stages.transfer import transfer
 from lorasuite.training.trainer import LightTrainer
@@ -396,3 +397,31 @@ def test_another_method_is_said_as_such(work, tmp_path):
     from lorasuite.training.trainer import _differences
     said = _differences(['base model', 'start', 'method'], dict(method='a'), {})
     assert said == 'the method (a, now none)'
+
+def saved_as(folder, dtype):
+    "The shipped old model in another type"
+    shutil.copytree(ZOO/'old', folder)
+    load_model('zoo/old', dtype=dtype).model.save_pretrained(folder)
+    return folder
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_the_same_weights_in_another_type_are_the_same_model(tmp_path, dtype):
+    folder, adapter = saved_as(tmp_path/'other', dtype), Adapter.load('zoo/adapter')
+    assert weight_hashes(str(folder)) != weight_hashes('zoo/old') and base_doubt(adapter, folder) is None
+    assert same_weights(str(folder), 'zoo/old') and same_weights('zoo/old', str(folder))
+
+def test_the_card_names_the_base_of_the_last_training(tmp_path):
+    "Tuned on other weights under the same name, and on another model: both are its base from then on"
+    base, few = tmp_path/'base', ('--data', 'zoo/test.jsonl', '--steps', 1)
+    shutil.copytree(ZOO/'new', base)
+    assert run('upgrade', 'zoo/old', base, 'zoo/adapter', '-o', tmp_path/'carried').exit_code == 0
+    shutil.copy(ZOO/'new-far'/'model.safetensors', base)
+    for name in (base, 'zoo/new-far'):
+        done = run('finetune', name, tmp_path/'carried', *few, '-o', tmp_path/'tuned')
+        assert done.exit_code == 0 and 'WRONG BASE' in done.stderr
+        tuned = Adapter.load(tmp_path/'tuned')
+        known = recorded_base(tuned.card)
+        assert known == dict(name=str(name), sha256=weight_hashes('zoo/new-far')) and tuned.base == str(name)
+        assert f'\nbase_model: {name}\n' in tuned.card and f'- trained on: `{name}`' in tuned.card
+        assert base_doubt(tuned, name) is None and 'WRONG BASE' in base_doubt(tuned, 'zoo/new')
+        shutil.rmtree(tmp_path/'tuned')

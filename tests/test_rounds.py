@@ -159,3 +159,29 @@ def test_two_processes_stop_together(tmp_path):
     assert running.returncode == 0, err[-3000:]
     assert json.loads(out)['steps'] >= 8 and 'after 8 steps' in err
     assert {p.name for p in tmp_path.iterdir()} == {'asked.jsonl', 'out'}
+
+def test_resumed_with_less_time_than_it_took(zoo, taught, clock, monkeypatch, tmp_path):
+    "One round is made in any case, and with a whole fall of the rate"
+    judged(monkeypatch, .1, .2, .3, .4)
+    interrupted(monkeypatch, 12)
+    how = dict(batch_size=2, rank=4, checkpoints=tmp_path/'checkpoints')
+    with pytest.raises(KeyboardInterrupt): refresh_in_rounds(zoo['new'], taught, seconds=60., **how)
+    said = []
+    refreshed, losses = refresh_in_rounds(zoo['new'], taught, seconds=.1, say=said.append, **how)
+    assert len(losses) == 16 and [*losses.chances] == [0, 8, 16] and said[-1].endswith('the last round')
+
+def test_no_number_is_no_gain(zoo, taught, clock, monkeypatch):
+    "A training that has come to grief ends after two rounds and not after a million steps"
+    judged(monkeypatch, .5, float('nan'))
+    _, losses = refresh_in_rounds(zoo['old'], taught, batch_size=2)
+    assert len(losses) == 16
+
+def test_labels_kept_aside_are_not_learned(zoo, taught, clock, monkeypatch):
+    "Where labels answer all questions, some of them judge; where there are too few to spare one, the card says so"
+    judged(monkeypatch, .5)
+    rows = load_data(data_dir()/'zoo'/'train.jsonl')[:48]
+    refreshed, _ = refresh_in_rounds(zoo['old'], taught, labelled=rows, batch_size=2)
+    assert 'Refreshed on 0 answers of the old specialist and 42 labelled examples' in refreshed.card
+    assert '- on 6 lessons kept aside, the mean chance of an answer' in refreshed.card
+    few, _ = refresh_in_rounds(zoo['old'], list(taught)[:4], batch_size=2)
+    assert '- on 4 lessons that were learned too, the mean chance of an answer' in few.card

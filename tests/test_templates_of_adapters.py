@@ -161,3 +161,21 @@ def test_the_card_of_an_upgrade_with_data(data):
         assert card.count('Form of the prompts: `plain') == 1
     assert 'Tuned afterwards on 16 labelled examples: 1 steps' in tuned
     assert 'Refreshed on 0 answers of the old specialist and 16 labelled examples: 1 steps' in both # all are labelled
+
+def test_the_owner_of_a_template_is_named(chatty, tmp_path):
+    (chatty/'chat_template.jinja').write_text('{% for')
+    for command in (['evaluate', 'zoo/old', '--adapter', chatty, '--data', 'zoo/test.jsonl'],
+                    ['upgrade', 'zoo/old', 'zoo/new', chatty, '--inputs', 'zoo/test.jsonl', '-o', tmp_path/'out']):
+        done = run(*command)
+        assert done.exit_code == 2 and f'the chat template of {chatty} does not take this chat' in done.stderr
+    shutil.copytree(ZOO/'old', tmp_path/'several')
+    settings = tmp_path/'several'/'tokenizer_config.json'
+    told = json.loads(settings.read_text())
+    for wrong, message in (([dict(name='rag', template='x')], 'has several chat templates (rag), and none is called'),
+                           (5, 'chat_template in its tokenizer_config.json is 5, where a text belongs')):
+        settings.write_text(json.dumps(told | dict(chat_template=wrong)))
+        done = run('evaluate', tmp_path/'several', '--data', 'zoo/test.jsonl')
+        assert done.exit_code == 2 and message in done.stderr and 'fault of lorasuite' not in done.stderr
+    settings.write_text(json.dumps(told | dict(model_max_length='x')))
+    done = run('inspect', tmp_path/'several', 'zoo/new')
+    assert done.exit_code == 2 and "model_max_length in its tokenizer_config.json is 'x'" in done.stderr

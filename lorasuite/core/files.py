@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['data_dir', 'did_you_mean', 'split_revision', 'resolve', 'hub_fault', 'without_hub', 'fetched', 'locate', 'read_utf8',
            'check_ordinary', 'read_json', 'indexed_files', 'parsing', 'writing', 'check_output', 'mark_directory',
-           'is_ours', 'own_directory', 'lock_directory', 'held', 'temporary_directory', 'hold_output',
+           'is_ours', 'check_free', 'own_directory', 'lock_directory', 'held', 'temporary_directory', 'hold_output',
            'atomic_directory', 'remove_directory', 'scratch_directory', 'file_hash', 'is_main_process']
 
 # %% ../../nbs/reference/files.ipynb #05aaacc7
@@ -295,17 +295,24 @@ def _discard(
         folder.rmdir()
 
 # %% ../../nbs/reference/files.ipynb #2abcfab1
+def check_free(
+    folder:Path, # where a directory of ours shall be
+):
+    "Raise `FileExistsError` for what is there and neither ours nor an empty directory of this user"
+    if is_ours(folder) or not os.path.lexists(folder): return
+    empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+    if empty and folder.stat().st_uid == os.getuid(): return
+    raise FileExistsError(f'{folder} is in the way: it was not made by lorasuite for this user; '
+                          'move it, or name another output')
+
+# %% ../../nbs/reference/files.ipynb #owndir03
 def own_directory(
     folder:Path, # directory of ours, to make unless it is there
 ):
     "Make and mark a directory that only this user may enter; raises `FileExistsError` for one that is not ours"
     with suppress(FileExistsError): folder.mkdir(0o700, parents=True)
-    if is_ours(folder): return
-    empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
-    if not empty or folder.stat().st_uid != os.getuid():
-        raise FileExistsError(f'{folder} is in the way: it was not made by lorasuite for this user; '
-                              'move it, or name another output')
-    mark_directory(folder)
+    check_free(folder)
+    if not is_ours(folder): mark_directory(folder)
 
 # %% ../../nbs/reference/files.ipynb #09523a4d
 def lock_directory(

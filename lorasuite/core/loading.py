@@ -251,6 +251,21 @@ def _damaged_json(
         if missing: return f'tokenizer.json is no tokenizer (no {" and no ".join(missing)}): fetch the model again'
     return ''
 
+# %% ../../nbs/reference/loading.ipynb #tokset1
+def _read_tokenizer(
+    source:str, # a directory, or a Hub id
+) -> PreTrainedTokenizerBase:
+    "The tokenizer of a model; raises `ValueError` for settings of a kind that it takes and stumbles over later"
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    template, longest = tokenizer.chat_template, tokenizer.model_max_length
+    texts = template.values() if isinstance(template, dict) else [template or '']
+    wrong = [('chat_template', text, 'text') for text in texts if not isinstance(text, str)]
+    if not isinstance(longest, int | float): wrong.append(('model_max_length', longest, 'number'))
+    for key, value, kind in wrong:
+        raise ValueError(f'{key} in its tokenizer_config.json is {value!r:.40}, where a {kind} belongs: correct it '
+                         'there')
+    return tokenizer
+
 # %% ../../nbs/reference/loading.ipynb #ec7903e2
 @contextmanager
 def _reading(
@@ -347,7 +362,7 @@ def _read_checked(
     source = locate(name)
     config, kind = _read_config(name, source)
     with _reading(name):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = _read_tokenizer(source)
         model, report = kind.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
             adapter_kwargs=dict(subfolder=_NO_ADAPTER))
@@ -583,17 +598,26 @@ def _weight_readers(
     return found
 
 # %% ../../nbs/reference/loading.ipynb #sameweigh4
+def _same_numbers(
+    a:torch.Tensor, # of a model
+    b:torch.Tensor, # of another
+) -> bool:
+    "Are two tensors equal, but for the rounding of one to the type of the other?"
+    if a.dtype == b.dtype: return a.equal(b)
+    if not (a.is_floating_point() and b.is_floating_point()): return False
+    return a.to(b.dtype).equal(b) or b.to(a.dtype).equal(a)
+
+# %% ../../nbs/reference/loading.ipynb #sameweigh7
 @checked()
 def same_weights(
     name:str|os.PathLike,   # as `weight_hashes` takes it
     other:str|os.PathLike,  # of another model
 ) -> bool|None: # `None` where one of them is not here, cannot be read, or has other names
-    "Do two models have the same tensors, in whatever files?"
+    "Do two models have the same tensors, in whatever files and types?"
     try:
         a, b = _weight_readers(name), _weight_readers(other)
         if not a or a.keys() != b.keys(): return None
-        pairs = ((a[key](), b[key]()) for key in a)
-        return all(x.dtype == y.dtype and x.equal(y) for x, y in pairs)
+        return all(_same_numbers(a[key](), b[key]()) for key in a)
     except Exception: return None # damaged files end in errors of all kinds, and their readers say so
 
 # %% ../../nbs/reference/loading.ipynb #f8b1dcd8
@@ -605,7 +629,7 @@ def load_skeleton(
     source = locate(name)
     config, kind = _read_config(name, source)
     with _reading(name):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = _read_tokenizer(source)
         with init_empty_weights(include_buffers=False): model = kind(config).eval()
     return Decoder(model, tokenizer, name)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoConfig
-from .adapter import Adapter, balance, find_format, update_energy
+from .adapter import Adapter, balance, find_format, format_function, update_energy
 from .files import resolve
 from .model import ModelInfo
 from .names import code_span
@@ -247,9 +247,12 @@ def check_writing(
     format:str,     # of the files
     dtype:str,      # of the numbers, as `DTYPES` names it, or `base`
     compact:bool,   # each module in its own rank?
+    adapter:Adapter|None=None, # with the parts that will be written, where they are known
 ):
-    "Raise `ValueError` for a format or type that there is not, or a model whose adapters the format cannot hold"
+    "Raise `ValueError` for a format or type that there is not, or a model or an adapter that the format cannot hold"
+    format_function(format, 'write')
     module = find_format(format)
     if dtype not in ('base', *DTYPES): raise ValueError(f'--dtype {dtype}: choose one of base, {", ".join(DTYPES)}')
     if compact and format != 'peft': raise ValueError(f'--compact: files of the format {format} have one rank')
     if hasattr(module, 'check_base'): module.check_base(base)
+    if adapter and hasattr(module, 'check_parts'): module.check_parts(adapter)

@@ -95,8 +95,11 @@ def recorded_base(
     card:str, # text of a model card
 ) -> dict: # `name` and `sha256` of the base model; empty where lorasuite did not write the card
     "The model that an adapter was made for, as its card says"
-    try: return dict(ModelCard(card, ignore_metadata_errors=True).data.to_dict()['lorasuite']['base'])
+    try:
+        found = ModelCard(card, ignore_metadata_errors=True).data.to_dict()['lorasuite']['base']
+        name, sha256 = found['name'], dict(found['sha256'])
     except Exception: return {} # cards of other people can have anything in their place
+    return dict(name=name, sha256=sha256) if all(isinstance(x, str) for x in (name, *sha256.values())) else {}
 
 # %% ../../nbs/reference/card.ipynb #003dd9e8
 def _describe_base(
@@ -178,15 +181,34 @@ def _is_blank(
     return not re.sub(r'\A\s*---\n.*?\n---[ \t]*(\n|\Z)', '', card, flags=re.DOTALL).strip()
 
 # %% ../../nbs/reference/card.ipynb #specialf1
+def _with_hashes(
+    base:str, # name of a model
+) -> str:
+    "Name and hashes of a model, as far as they are known"
+    files = weight_hashes(base).items()
+    return code_span(base) + ''.join(f', {code_span(name)} SHA-256 `{digest}`' for name, digest in files)
+
+# %% ../../nbs/reference/card.ipynb #specialf3
 def _describe_specialist(
     specialist:Adapter, # of the old model
 ) -> Iterator[str]:
     "Name and hash of a specialist and of its base, as far as they are known"
     if source := _describe_source(specialist): yield f'the old specialist: {source}'
-    if not specialist.base: return
-    hashes = weight_hashes(specialist.base).items()
-    files = ''.join(f', {code_span(name)} SHA-256 `{digest}`' for name, digest in hashes)
-    yield f'its base: {code_span(specialist.base)}{files}'
+    if specialist.base: yield f'its base: {_with_hashes(specialist.base)}'
+
+# %% ../../nbs/reference/card.ipynb #rebased1
+def _on_base(
+    card:str, # text of a model card
+    base:str, # model that the adapter is for now
+) -> str: # the same where another program wrote the card, or the weights are those that it names
+    "A card whose head names the base that an adapter was trained on last"
+    known, sha256 = recorded_base(card), weight_hashes(base)
+    if not known or not sha256 or sorted(known['sha256'].values()) == sorted(sha256.values()): return card
+    data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    ours = data['lorasuite'] | dict(base=dict(name=base, sha256=sha256))
+    data |= dict(base_model=split_revision(base)[0], lorasuite=ours)
+    head = f'---\n{yaml_dump(data, sort_keys=False, allow_unicode=False)}---\n'
+    return re.sub(r'\A\s*---\n.*?\n---[ \t]*(\n|\Z)', lambda found: head, card, count=1, flags=re.DOTALL)
 
 # %% ../../nbs/reference/card.ipynb #ceadf647
 @checked()
@@ -199,8 +221,9 @@ def tuned_card(
     "The card of the start with what was done to it, or a new card"
     card, base = start.card, str(base)
     if _is_blank(card): card = f'{_head(base, weight_hashes(base))}# A LoRA adapter of {code_span(base)}\n'
-    source = _describe_source(start)
+    rebased, source = _on_base(card, base), _describe_source(start)
     facts = [f'the start: {source}'] if source else []
+    if rebased != card: facts.append(f'trained on: {_with_hashes(base)}')
     if specialist: facts += [*_describe_specialist(specialist)]
     facts += [known for known in _skipped_lines(start) if known not in card]
-    return f'{card}\n{line}\n' + ''.join(f'\n- {fact}' for fact in facts + [_versions()]) + '\n'
+    return f'{rebased}\n{line}\n' + ''.join(f'\n- {fact}' for fact in facts + [_versions()]) + '\n'

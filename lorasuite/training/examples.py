@@ -463,17 +463,28 @@ def _is_silent(
     calls = 'messages' in example and example['messages'][-1].get('tool_calls')
     return not (calls or any(str(example.get(key, '')).strip() for key in ('answer', 'output', 'text')))
 
+# %% ../../nbs/reference/examples.ipynb #asksno1
+def _asks_nothing(
+    example:dict, # without an answer
+) -> bool:
+    "Is there nothing in a question?"
+    turns = example.get('messages', [])
+    texts = [turn.get('content') or turn.get('tool_calls') for turn in turns]
+    return not any(str(text or '').strip() for text in texts + [*map(example.get, ('prompt', 'instruction', 'input'))])
+
 # %% ../../nbs/reference/examples.ipynb #89a6f23a
 def _count_silent(
-    examples:list[dict],    # labelled
+    examples:list[dict],    # as they were read
     source,                 # where they come from, for the message
+    labelled:bool=True,     # with answers?
 ) -> str: # for the description
-    "How many answers are empty; raises `ValueError` if all are"
-    silent = sum(map(_is_silent, examples))
+    "How many answers, or questions without answers, are empty; raises `ValueError` if all are"
+    what, column = ('answers', 'output=reply') if labelled else ('questions', 'instruction=question')
+    silent = sum(map(_is_silent if labelled else _asks_nothing, examples))
     if silent == len(examples):
-        raise ValueError(f'{source}: the answers of all {silent:,} examples are empty: name the column that has them, '
-                         'for instance with --columns output=reply')
-    return f'; {silent:,} answers are empty' if silent else ''
+        raise ValueError(f'{source}: the {what} of all {silent:,} examples are empty: name the column that has them, '
+                         f'for instance with --columns {column}')
+    return f'; {silent:,} {what} are empty' if silent else ''
 
 # %% ../../nbs/reference/examples.ipynb #cfeecf09
 @checked()
@@ -494,7 +505,7 @@ def load_data(
         place = f'{source}: example {number}'
         if not isinstance(row, dict): raise ValueError(f'{place} has no text under {form!r} but is {_what(row)}')
         found.append(_FORMS[form][0](row, place, labelled))
-    silent = _count_silent(found, source) if labelled else ''
+    silent = _count_silent(found, source, labelled)
     return Examples(found, f'{source}: {_describe(form, rows, labelled)}{silent}')
 
 # %% ../../nbs/reference/examples.ipynb #b0847621

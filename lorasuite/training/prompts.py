@@ -247,8 +247,10 @@ class Prompts:
 def prompts_of_both(
     prompts:Prompts|tuple|None, # of both models, or one for the old and one for the new
 ) -> tuple[Prompts|None, Prompts|None]:
-    "The options of the old and of the new model"
-    return prompts if isinstance(prompts, tuple) else (prompts, prompts)
+    "The options of the old and of the new model; raises `ValueError` for more or fewer than two"
+    pair = prompts if isinstance(prompts, tuple) else (prompts, prompts)
+    if len(pair) != 2: raise ValueError(f'prompts for {len(pair)} models: give one for both, or a pair')
+    return pair
 
 # %% ../../nbs/reference/prompts.ipynb #5fe90ae3
 def _question_fields(
@@ -731,6 +733,18 @@ def _brought_template(
         return '' if adapter.chat_template == tokenizer.chat_template else adapter.chat_template
     return origin.chat_template if origin and not tokenizer.chat_template else ''
 
+# %% ../../nbs/reference/prompts.ipynb #severtm1
+def _check_default(
+    tokenizer:PreTrainedTokenizerBase,  # of a model
+    given:str|None,                     # template to use instead of its own
+    name:str,                           # of the model, for messages
+):
+    "Raise `ValueError` for a model with several chat templates of which none is the default"
+    own = tokenizer.chat_template
+    if given or not isinstance(own, dict) or 'default' in own: return
+    raise ValueError(f'{name} has several chat templates ({", ".join(own)}), and none is called default: give the one '
+                     'that it shall be asked with (--chat-template FILE)')
+
 # %% ../../nbs/reference/prompts.ipynb #768f0e3b
 class Renderer:
     "Puts examples to one model; raises `ValueError` for a chat template that is missing or cannot be used"
@@ -741,6 +755,7 @@ class Renderer:
         context:int|None=None,              # longest text, in tokens; `None` for no limit
         name:str='the model',               # for messages
         rows:int|None=None,                 # of the model's embedding table; `None` for any
+        bringer:str='',                     # the adapter that brought the chat template, for messages
     ):
         self.rows, self.whose = rows, 'given'
         if rows is not None: check_ids({tokenizer.eos_token_id} - {None}, tokenizer, rows, name)
@@ -750,7 +765,8 @@ class Renderer:
             raise ValueError(f'{name} has no chat template: give one with --chat-template FILE')
         self.template = None
         if self.prompts.template or own and not self.prompts.plain:
-            self.template = ChatTemplate(tokenizer, self.prompts.template, self.prompts.thinking, name)
+            _check_default(tokenizer, self.prompts.template, name)
+            self.template = ChatTemplate(tokenizer, self.prompts.template, self.prompts.thinking, bringer or name)
 
     @classmethod
     @checked()
@@ -765,7 +781,9 @@ class Renderer:
         given, brought = prompts or Prompts(), _brought_template(decoder.tokenizer, adapter, origin)
         theirs = bool(brought) and not (given.template or given.plain)
         if theirs: prompts = replace(given, template=brought)
-        found = cls(decoder.tokenizer, prompts, context, decoder.name, decoder.vocab)
+        brings = adapter if adapter and adapter.chat_template else origin
+        bringer = str(brings.source.get('name') or 'the adapter') if theirs else ''
+        found = cls(decoder.tokenizer, prompts, context, decoder.name, decoder.vocab, bringer)
         if theirs: found.whose = "adapter's"
         return found
 

@@ -50,6 +50,8 @@ class RefreshOptions:
 
     def __post_init__(self):
         check_types('RefreshOptions', vars(self), {field.name: field.type for field in fields(self)})
+        if self.budget is not None and (self.steps, self.epochs) != (None, None):
+            raise ValueError('budget cannot apply beside steps or epochs: leave out one of them')
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmcheck
 @checked()

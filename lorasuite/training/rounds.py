@@ -79,7 +79,7 @@ def _is_flat(
     rounds = [(b['chance'] - a['chance'], b['taken'] - a['taken']) for a, b in zip(marks, marks[1:])]
     needed = 1 if rounds and rounds[-1][1] >= MINUTE else 2
     last = rounds[-needed:]
-    return len(last) == needed and all(MINUTE*gain < POINT*taken for gain, taken in last)
+    return len(last) == needed and not any(MINUTE*gain >= POINT*taken for gain, taken in last)
 
 # %% ../../nbs/course/28_rounds.ipynb #rdlinefn
 def _round_line(
@@ -125,6 +125,7 @@ class Rounds(TrainerCallback):
         self.begin = time.perf_counter() - (self.marks[-1]['taken'] if self.marks else 0.)
         if not self.marks: self._mark(state, model)
         self._plan()
+        self.length = self.length or FIRST_ROUND # resumed with less time than it has taken
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         "Let the learning rate fall"
         factor = 1 - (state.global_step - self.marks[-1]['step'])/self.length
@@ -166,15 +167,18 @@ def refresh_in_rounds(
     **kwargs,                   # passed to `refresh`
 ) -> tuple[Adapter, Run]: # the refreshed adapter, the loss at every step
     "A `refresh` that stops by itself, judged by lessons kept aside (schedule: arXiv 1608.03983)"
-    learned, aside = _keep_aside(unlabelled(taught, labelled) or [*labelled])
+    answered = unlabelled(taught, labelled)
+    learned, aside = _keep_aside(answered or [*labelled])
     if not aside: raise ValueError('nothing to learn from: give teacher data or labelled examples')
     rows = answer_rows(Renderer.of(decoder, prompts, adapter, specialist), aside)
     def judge(model): return mean_chance(model, decoder.tokenizer, rows)
     rounds = Rounds(judge, Hasher.hash(rows), seconds, say)
     kwargs |= dict(method=lambda model: rounds, steps=MOST_STEPS, batch_size=batch_size)
     kwargs |= dict(lr_scheduler_type='constant', warmup_steps=0) # the rounds set the rate
-    refreshed, run = refresh(decoder, learned, adapter, labelled, prompts=prompts, specialist=specialist, **kwargs)
+    lessons = (learned, adapter, labelled) if answered else ([], adapter, learned)
+    refreshed, run = refresh(decoder, *lessons, prompts=prompts, specialist=specialist, **kwargs)
     first, last = rounds.marks[0], rounds.marks[-1]
-    line = (f'- on {len(rows):,} lessons kept aside, the chance of the old answers was {first["chance"]:.1%} before '
-            f'the refresh and {last["chance"]:.1%} behind it\n')
+    which = 'that were learned too' if aside is learned else 'kept aside'
+    line = (f'- on {len(rows):,} lessons {which}, the mean chance of an answer (geometric over its tokens) was '
+            f'{first["chance"]:.1%} before the refresh and {last["chance"]:.1%} after it\n')
     return replace(refreshed, card=refreshed.card + line), run

@@ -351,7 +351,9 @@ class LightTrainer(Trainer):
         return 0
     def _save_checkpoint(self, *args, **kwargs):
         "Save and seal, or raise an `OSError` that names the directory"
-        with writing(self.args.output_dir): super()._save_checkpoint(*args, **kwargs)
+        with writing(self.args.output_dir), warnings.catch_warnings():
+            warnings.simplefilter('ignore') # what PEFT says of its files, which only we read
+            super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero(): _seal(Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}')
 

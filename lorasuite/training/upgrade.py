@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from datasets import Dataset
 from ..core.adapter import Adapter
+from ..core.files import check_free
 from ..core.loading import load_model, load_skeleton
 from ..core.model import Decoder
 from ..stages.added_tokens import add_tokens, base_with_tokens, keep_template, take_tokens
@@ -95,17 +96,22 @@ def _refresh_carried(
                          say, spent, origin)
 
 # %% ../../nbs/reference/upgrade.ipynb #upgonly2
-_OF_REFRESH = ('budget', 'first_line', 'longest', 'soft')
+_OF_REFRESH, _OF_FILES = ('budget', 'first_line', 'longest', 'soft'), ('adapter_name', 'columns', 'split')
 
 def _refresh_options(
     inputs:list[dict]|None,         # questions
+    data:list[dict]|None,           # labelled examples
     prompts:Prompts|tuple|None,     # how both models are asked
     settings:dict,                  # that were given
 ) -> RefreshOptions|None: # none without questions
-    "How the carried adapter is refreshed; raises `ValueError` for settings of a refresh without questions"
+    "How the carried adapter is refreshed; raises `ValueError` for settings that would have no effect"
+    read = [name for name in _OF_FILES if name in settings]
+    if read: raise ValueError(f'{", ".join(read)} cannot apply to what was read: give it to `Adapter.load` or '
+                              '`load_data`')
     if inputs: return RefreshOptions(prompts=prompts, **settings)
-    if idle := [name for name in _OF_REFRESH if name in settings]:
-        raise ValueError(f'{", ".join(idle)} cannot apply without inputs: give questions, or leave it out')
+    idle = [name for name in settings if name in _OF_REFRESH or not data]
+    needed = 'inputs: give questions' if {*idle} & {*_OF_REFRESH} else 'data or inputs: give some'
+    if idle: raise ValueError(f'{", ".join(idle)} cannot apply without {needed}, or leave it out')
 
 # %% ../../nbs/reference/upgrade.ipynb #4e9167ba
 @checked()
@@ -127,7 +133,8 @@ def upgrade(
     "Align and transfer, then refresh on questions or tune on labels; raises what these raise (LoRASuite, section 3)"
     specialist = adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     if plain_rank is not None: check_plain(adapter, plain_rank)
-    options = _refresh_options(inputs, prompts, kwargs)
+    options = _refresh_options(inputs, data, prompts, kwargs)
+    if checkpoints: check_free(Path(checkpoints))
     asked = check_prompts(old, new, data or [], inputs or [], prompts, adapter)
     with naming_base(adapter, old, new): adapter, tokens = take_tokens(adapter, old, new)
     check_base(adapter, old, to_carry=True, new=new)

@@ -456,7 +456,7 @@ def _check_biases(
                          'leaves it out: set lora_bias there to true or false, for with or without')
     if not config.lora_bias: return
     if missing := sorted(pairs.keys() - biases.keys()):
-        raise ValueError(f'{file}: lora_bias is set, but there is no lora_B.bias for {", ".join(missing)}: '
+        raise ValueError(f'{file}: lora_bias is set, but there is no lora_B.bias for {shortened(missing)}: '
                          'the file is incomplete, save the adapter again')
     for path, b in biases.items():
         if path not in pairs:
