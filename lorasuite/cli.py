@@ -747,7 +747,8 @@ def _check_refresh(
 # %% ../nbs/reference/cli.ipynb #judgedfn
 def _judged(card:str) -> list[str]:
     "What the card of an adapter that was refreshed in rounds says of its lessons"
-    return [line[2:] for line in card.splitlines() if line.startswith('- on ') and 'the mean chance of an answer' in line][-1:]
+    lines = [line[2:] for line in card.splitlines() if line.startswith('- on ')]
+    return [line for line in lines if ', the mean chance of an answer ' in line][-1:]
 
 # %% ../nbs/reference/cli.ipynb #refone3
 def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, data, lessons, options) -> dict:

@@ -127,7 +127,8 @@ def test_an_upgrade_within_a_budget(work, hundred):
     assert any(re.match(r'after 8 steps, \d+ s: chance of the old answers ', line) for line in lines)
     assert lines[-1].endswith('the last round') and 'lessons kept aside' in (work/'in-time'/'README.md').read_text()
     refresh = ('refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', hundred)
-    assert ' lessons kept aside, the mean chance of an answer ' in run(*refresh, '--budget', '1s', '-o', work/'in-a-second').stdout
+    judged = run(*refresh, '--budget', '1s', '-o', work/'in-a-second').stdout
+    assert ' lessons kept aside, the mean chance of an answer ' in judged
     again = run(*refresh, '--start', work/'in-a-second', '--steps', 1, '-o', work/'one-more')
     assert again.exit_code == 0 and 'kept aside' not in again.stdout # it was not measured again
 
