@@ -187,8 +187,10 @@ def twice(key):
     return [key.replace('.weight', f'.{name}.weight') for name in ('first', 'second')]
 
 REQUESTS = dict(
-    no_texts=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'')], 'no probe text'),
-    blank_texts=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'\n \n')], 'no probe text'),
+    no_texts=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'')],
+              'holds no text to compare layers on'),
+    blank_texts=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'\n \n')],
+                 'holds no text to compare layers on'),
     one_word=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'a')], 'fewer than 4 positions'),
     texts_not_text=(lambda w: ['align', 'zoo/old', 'zoo/new', '--texts', file(w, 'texts', b'\xff\xfe\x00')], 'texts'),
     out_is_a_file=(lambda w: ['align', 'zoo/old', 'zoo/new', '-o', file(w, 'here', b'')], 'exists already'),

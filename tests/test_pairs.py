@@ -126,7 +126,9 @@ def test_a_stale_alignment_is_refused_unless_forced(work, tmp_path):
     shutil.copytree(work/'new', tmp_path/'new')
     assert run('align', 'zoo/old', tmp_path/'new', '--texts', work/'texts', '-o', tmp_path/'maps').exit_code == 0
     transfer = ['transfer', 'zoo/adapter', tmp_path/'maps', '-o']
-    assert run(*transfer, tmp_path/'fresh').stderr == ''
+    measure = f'lorasuite evaluate {tmp_path/"new"} --adapter {tmp_path/"fresh"} --data FILE'
+    said = f'how many answers are right was not measured: {measure}\n'
+    assert run(*transfer, tmp_path/'fresh').stderr == said # and no warning
     change(tmp_path/'new')
     result = run(*transfer, tmp_path/'out')
     assert result.exit_code == 2 and f'{tmp_path/"new"} have changed since' in result.stderr
