@@ -389,7 +389,7 @@ def _finish(adapter, out:Path):
 
 # %% ../nbs/reference/cli.ipynb #clwrite4
 def _write(adapter, out:Path, format:str, dtype:str, max_rank:int|None, compact:bool) -> dict:
-    "Cut, round and save an adapter, in the first process; the errors of both"
+    "Cut, round and save an adapter, in the first process; what was written, the errors of both"
     if not is_main_process(): return {}
     from lorasuite.core.ranks import base_dtype, DTYPES, shrink
     from lorasuite.stages.dora import whole_updates_of_base
@@ -397,7 +397,7 @@ def _write(adapter, out:Path, format:str, dtype:str, max_rank:int|None, compact:
     smaller, errors = shrink(adapter, max_rank, type_, whole_updates_of_base(adapter))
     smaller.save(out, format, **(dict(compact=True) if compact else {}))
     remove_directory(_checkpoints(out))
-    return errors
+    return dict(adapter=str(smaller)) | errors
 
 # %% ../nbs/reference/cli.ipynb #dff55a21
 def _examples(source:str|None, columns:str|None=None, split:str='train', labelled:bool=True) -> list[dict]:
@@ -621,10 +621,10 @@ def _transfer_one(adapter:str, alignment:Path, out:Path, **options) -> dict:
     check_writing(maps.new.name, **written, adapter=_as_carried(source, options['plain_rank']))
     carried = carry_whole(source, maps, options['plain_rank'])
     carried.card += forced_line(source, maps, options['force'])
-    errors = _write(carried, out, max_rank=options['max_rank'], **written)
+    made = _write(carried, out, max_rank=options['max_rank'], **written)
     _say(_how_to_measure(maps.new.name, out))
-    found = dict(out=str(out), adapter=str(carried), facts=_facts(carried.card)) | _brought(carried)
-    return found | errors | dict(skipped=skipped_by_reason(carried))
+    found = dict(out=str(out)) | made | dict(facts=_facts(carried.card))
+    return found | _brought(carried) | dict(skipped=skipped_by_reason(carried))
 
 # %% ../nbs/reference/cli.ipynb #manynames1
 def _many_names(adapters:list[str]|None, listed:Path|None, hub_user:str|None, base:Callable[[], str]) -> list[str]:
@@ -897,11 +897,11 @@ def upgrade_command(
     with _asking(yes):
         upgraded, run = upgrade(old, new, source, labelled, questions, _text_lines(texts), method, _show_progress(),
                                 prompts, plain_rank, _checkpoints(out), _say, **training)
-    errors = _write(upgraded, out, format, dtype, max_rank, compact)
+    made = _write(upgraded, out, format, dtype, max_rank, compact)
     if not run: _say(_how_to_measure(new, out))
-    costs = _brought(upgraded) | _costs(run) | errors
+    costs = _brought(upgraded) | _costs(run)
     counts = dict(inputs=len(questions), labelled=len(labelled)) if questions else {}
-    found = dict(out=str(out), adapter=str(upgraded), facts=_facts(upgraded.card)) | counts
+    found = dict(out=str(out)) | made | dict(facts=_facts(upgraded.card)) | counts
     return found | costs | dict(skipped=skipped_by_reason(upgraded))
 
 # %% ../nbs/reference/cli.ipynb #clconv2
@@ -962,8 +962,8 @@ def convert_command(
     from lorasuite.core.ranks import check_writing
     source = _load_for(adapter, base, max_rank, adapter_name)
     check_writing(source.base, format, dtype, compact)
-    errors = _write(source, out, format, dtype, max_rank, compact)
-    return dict(out=str(out), adapter=str(source)) | errors | _beside_updates(source)
+    made = _write(source, out, format, dtype, max_rank, compact)
+    return dict(out=str(out)) | made | _beside_updates(source)
 
 # %% ../nbs/reference/cli.ipynb #012ab6e7
 if __name__ == '__main__' and '__file__' in globals(): app()

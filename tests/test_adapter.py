@@ -164,13 +164,16 @@ def test_the_model_is_as_before_without_the_adapter(decoder, adapter):
     assert all(t.equal(before[k]) for k, t in after.items())
     assert effect(decoder, ids, adapter).abs().max() > .01
 
-@pytest.mark.parametrize('rank, out, inp', [(4, 16, 24), (24, 16, 24), (40, 16, 24)])
-def test_balance(rank, out, inp):
+@pytest.mark.parametrize('rank, out, inp', [(4, 16, 24), (24, 16, 24), (40, 16, 24), (40, 24, 16)])
+def test_balance(rank, out, inp, monkeypatch):
+    "No decomposition is larger than the smaller side"
     torch.manual_seed(0)
+    eigh, sizes = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, 'eigh', lambda X: sizes.append(len(X)) or eigh(X))
     A, B = torch.randn(rank, inp), torch.randn(out, rank)
     A2, B2 = balance(A, B)
     assert torch.allclose(B2@A2, (B@A).double(), atol=1e-5) and abs(A2.norm() - B2.norm()) < 1e-6
-    assert len(A2) == B2.shape[1] <= rank
+    assert len(A2) == B2.shape[1] == min(rank, out, inp) and {*sizes} == {len(A2)}
 
 # ---- the carried adapter is an ordinary PEFT adapter
 

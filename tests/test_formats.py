@@ -375,6 +375,7 @@ def test_transfer_writes_for_others(tmp_path):
     said = json.loads(done.stdout)
     found = Adapter.load(tmp_path/'out')
     assert {len(A) for A, _ in found.updates.values()} == {4} and found.base == 'zoo/new'
+    assert said['adapter'] == str(found)
     carried = transfer('zoo/adapter', align('zoo/old', 'zoo/new'))
     assert relative_errors(carried, found)[0] == pytest.approx(said['rank_error'], rel=.05)
     assert f'{said["rank_error"]:.2%}' in (tmp_path/'out'/'README.md').read_text()

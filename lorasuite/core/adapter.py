@@ -589,11 +589,12 @@ def balance(
 ) -> tuple[Tensor, Tensor]: # the same product in float64, factors of equal norm; rank at most in or out
     "Share the size of `B A` equally between its factors, by the singular values of a matrix of the size of the rank"
     A, B = A.double(), B.double()
-    limit = min(B.shape[0], A.shape[1], len(A))
-    if not B.any(): return A[:limit], B[:, :limit]
+    small = min(len(B), A.shape[1])
+    if len(A) > small: A, B = (B@A, torch.eye(small).to(A)) if small == len(B) else (torch.eye(small).to(A), B@A)
+    if not B.any(): return A, B
     (R, Ri), (L, Li) = _root_of_gram(A), _root_of_gram(B.T)
     U, S, Vt = torch.linalg.svd(L.T@R)
-    root = S[:limit].sqrt()
-    A2, B2 = root[:, None]*Vt[:limit]@Ri@A, B@(Li.T@U[:, :limit]*root)
+    root = S.sqrt()
+    A2, B2 = root[:, None]*Vt@Ri@A, B@(Li.T@U*root)
     side = 1 - 2*(A2.gather(1, A2.abs().argmax(1, True)) < 0).double() # a singular vector has no sign of its own
     return side*A2, B2*side.T
