@@ -484,11 +484,11 @@ def _costs(run) -> dict: # only the steps where nothing was trained
     return costs | (dict(peak_bytes=run.peak_bytes) if run.peak_bytes else {})
 
 # %% ../nbs/reference/cli.ipynb #66f4dfd7
-def _load_adapter(name:str|None, which:str|None):
-    "The `Adapter` of a command; none where none was given"
+def _load_adapter(name:str|None, which:str|None, base:str=''):
+    "The `Adapter` of a command, of a model that the command names too; none where none was given"
     from lorasuite.core.adapter import Adapter
     if which and not name: raise ValueError(f'--adapter-name {which}: there is no adapter to choose it from')
-    return Adapter.load(name, adapter_name=which) if name else None
+    return Adapter.load(name, adapter_name=which, fallback=base) if name else None
 
 # %% ../nbs/reference/cli.ipynb #withplac1
 def _with_place(adapter, decoder):
@@ -537,7 +537,7 @@ def inspect_command(
     asked = inputs or prompt or chat_template
     prompts = _prompts(prompt, chat_template, thinking, models=2) if asked else None
     questions = _examples(inputs, columns, split, labelled=False) if inputs else None
-    report = inspect(old, new, _load_adapter(adapter, adapter_name), deep, questions, prompts)
+    report = inspect(old, new, _load_adapter(adapter, adapter_name, old), deep, questions, prompts)
     if json_: return report
     print(printable(str(report), sys.maxsize))
     return {}
@@ -615,8 +615,8 @@ def _transfer_one(adapter:str, alignment:Path, out:Path, **options) -> dict:
     from lorasuite.stages.many import carry_whole
     from lorasuite.stages.pairing import check_pair, forced_line
     written = {name: options[name] for name in ('format', 'dtype', 'compact')}
-    source = _load_adapter(adapter, options['adapter_name'])
     maps = Alignment.load(alignment)
+    source = _load_adapter(adapter, options['adapter_name'], maps.old.name)
     check_pair(source, maps, options['force'])
     check_writing(maps.new.name, **written, adapter=_as_carried(source, options['plain_rank']))
     carried = carry_whole(source, maps, options['plain_rank'])
@@ -712,7 +712,7 @@ def finetune_command(
     from lorasuite.training.prompts import Renderer
     prompts = _prompts(prompt, chat_template, thinking)
     rows = _examples(data, columns, split)
-    start = _load_adapter(adapter, adapter_name)
+    start = _load_adapter(adapter, adapter_name, new)
     if start: check_base(start, new)
     decoder = with_tokens(load_model(new), start)
     tuned, run = finetune(
@@ -760,7 +760,7 @@ def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, dat
     check_lessons(lessons)
     questions = _examples(inputs, options.columns, options.split, labelled=False)
     labelled = _examples(data, options.columns, options.split)
-    specialist, first = _load_adapter(adapter, options.adapter_name), _load_adapter(start, None)
+    specialist, first = _load_adapter(adapter, options.adapter_name, old), _load_adapter(start, None, new)
     asked = _check_refresh(old, new, specialist, first, labelled, questions, options.prompts)
     shared = dict(options=options, checkpoints=_checkpoints(out), progress=_show_progress())
     begin = time.perf_counter()
@@ -857,7 +857,7 @@ def evaluate_command(
     prompts = _prompts(prompt, chat_template, thinking)
     rows = _examples(data, columns, split)
     if names: check_tasks(names)
-    worn, report = _load_adapter(adapter, adapter_name), {}
+    worn, report = _load_adapter(adapter, adapter_name, base), {}
     if worn: check_base(worn, base)
     decoder = with_tokens(load_model(base), worn)
     if rows:
@@ -892,7 +892,7 @@ def upgrade_command(
     training = {name: x for name, x in training.items() if x is not None and (data or inputs)}
     prompts = _prompts(prompt, chat_template, thinking, models=2)
     labelled, questions = _examples(data, columns, split), _examples(inputs, columns, split, labelled=False)
-    source = _load_adapter(adapter, adapter_name)
+    source = _load_adapter(adapter, adapter_name, old)
     check_writing(new, format, dtype, compact, _as_carried(source, plain_rank))
     with _asking(yes):
         upgraded, run = upgrade(old, new, source, labelled, questions, _text_lines(texts), method, _show_progress(),

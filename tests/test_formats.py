@@ -498,3 +498,27 @@ def test_what_PEFT_says_of_checkpoints_is_not_for_people(tmp_path):
     done = run('upgrade', 'zoo/old', 'zoo/new', source, '--inputs', tmp_path/'few.jsonl', '--steps', 1,
                '-o', tmp_path/'o')
     assert done.exit_code == 0 and 'warning' not in done.stderr, done.stderr
+
+@pytest.mark.parametrize('base', ['', '/home/x/old'])
+def test_a_gguf_file_of_no_base_that_is_here(tmp_path, base):
+    "Whoever names a model in the command need not convert the file first"
+    pytest.importorskip('gguf')
+    old, few = gguf_file(tmp_path/'a.gguf', FACTORS, base=base), tmp_path/'few.jsonl'
+    few.write_text(''.join((data_dir()/'zoo'/'train.jsonl').read_text().splitlines(True)[:8]))
+    maps, data = tmp_path/'maps', ('--data', few)
+    align('zoo/old', 'zoo/new').save(maps)
+    assert run('inspect', 'zoo/old', 'zoo/new', old).exit_code == 0
+    commands = [
+        ['upgrade', 'zoo/old', 'zoo/new', old], ['transfer', old, maps], ['transfer', old, 'zoo/adapter', maps],
+        ['finetune', 'zoo/old', old, *data, '--steps', 1],
+        ['refresh', 'zoo/old', old, 'zoo/new', '--inputs', few, '--steps', 1],
+        ['refresh', 'zoo/old', 'zoo/adapter', 'zoo/old', '--inputs', few, '--steps', 1, '--start', old],
+        ['refresh', 'zoo/old', old, 'zoo/adapter', 'zoo/new', '--inputs', few, '--steps', 1]]
+    for i, command in enumerate(commands):
+        done = run(*command, '-o', tmp_path/f'{i}')
+        assert done.exit_code == 0, (command, done.output, done.stderr)
+    assert Adapter.load(tmp_path/'0').updates
+    assert run('evaluate', 'zoo/old', '--adapter', old, *data).exit_code == 0
+    with pytest.raises((ValueError, OSError), match='convert it first'): Adapter.load(old)
+    named = gguf_file(tmp_path/'b.gguf', FACTORS)
+    assert Adapter.load(named, fallback='zoo/new').base == 'zoo/old' # what a file says comes first

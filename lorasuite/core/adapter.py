@@ -141,13 +141,16 @@ class Adapter:
         name:str|os.PathLike,       # a directory, a file in it, `zoo/…`, or a Hub id
         format:str='',              # one of `format_names`; that of the files by default
         adapter_name:str|None=None, # which adapter, where there are several
+        fallback:str|os.PathLike='',# model that it is for, where its file names none that is here
         **options,                  # passed to the format's `read`, such as `base`
     ) -> 'Adapter':
         "Read an adapter and warn of what is left out; raises `ValueError` naming what is not a plain update"
         read = format_function(format or detect_format(name), 'read')
-        if adapter_name and 'adapter_name' not in signature(read).parameters:
+        taken = signature(read).parameters
+        if adapter_name and 'adapter_name' not in taken:
             raise ValueError(f'{name} holds a single adapter, which is not chosen by name: leave {adapter_name!r} out')
         if adapter_name: options['adapter_name'] = adapter_name
+        if fallback and 'fallback' in taken: options['fallback'] = fallback
         adapter = read(name, **options)
         for warning in _shortcomings(adapter): warnings.warn(f'{name}: {warning}', stacklevel=3)
         return adapter

@@ -531,7 +531,7 @@ def inspect(
     sizes = _size_table(a, b) | dict(weights=(_weight_count(old), _weight_count(new)))
     shared = len(shared_tokens(a, b)[0])
     report = dict(old=a.name, new=b.name, sizes=sizes, shared_tokens=shared, notes=_limits(a, b, shared))
-    adapter = adapter if isinstance(adapter, Adapter) or not adapter else Adapter.load(adapter)
+    adapter = adapter if isinstance(adapter, Adapter) or not adapter else Adapter.load(adapter, fallback=a.name)
     if adapter:
         with naming_base(adapter, a, b): report['adapter'] = preview_transfer(adapter, a, b)
         report['warning'] = pair_doubt(adapter, a, b)

@@ -313,7 +313,7 @@ def _carry_or_keep(
     alignment:Alignment,    # that carries the adapter
 ) -> dict: # its line of the report
     "Carry an adapter unless its result is there"
-    adapter = Adapter.load(job.adapter, adapter_name=job.options.adapter_name)
+    adapter = Adapter.load(job.adapter, adapter_name=job.options.adapter_name, fallback=alignment.old.name)
     def carry(): return dict(status='carried') | _write(job, adapter, alignment)
     return make_once(job.out, _claim(job, alignment), carry)
 

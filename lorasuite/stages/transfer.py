@@ -431,7 +431,7 @@ def transfer(
     plain_rank:int|None=None,           # carry a DoRA as the nearest LoRA of this rank; by default it stays a DoRA
 ) -> Adapter:
     "Carry an adapter to the new model; new layers get an untrained update, what has no place is named in `skipped`"
-    adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+    adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, fallback=alignment.old.name)
     if adapter.magnitudes:
         from lorasuite.stages.dora import transfer_dora
         return transfer_dora(adapter, alignment, plain_rank, plain_rank is not None)

@@ -182,6 +182,13 @@ class _Workshop:
         questions, labelled = self.rows(inputs, False), self.rows(data, True) if data else []
         return Hasher.hash((ask_all(old, questions), ask_all(new, questions), encode_all(new, labelled)))
 
+    def specialist(self, job:'RefreshJob') -> Adapter:
+        "The old specialist of a job"
+        return Adapter.load(job.adapter, adapter_name=self.options.adapter_name, fallback=self.old)
+    def begin(self, job:'RefreshJob') -> Adapter|None:
+        "Where the training of a job begins"
+        origin = self.sources(job.out.name)[-1]
+        return Adapter.load(origin, fallback=self.new) if origin else None
     def check_bases(self, *adapters:Adapter|None):
         "Look at a specialist and a start before any weight is read; raises `ValueError` for one that does not fit"
         for worn, name, model, new in zip(adapters, (self.old, self.new), self.skeletons, (self.skeletons[1], None)):
@@ -250,9 +257,7 @@ def _refresh_or_keep(
     lessons:Path|None,  # directory with a directory of teacher data for each
 ) -> dict: # its line of the report
     "Refresh an adapter unless its result is there"
-    specialist = Adapter.load(job.adapter, adapter_name=shop.options.adapter_name)
-    origin = shop.sources(job.out.name)[-1]
-    start = Adapter.load(origin) if origin else None
+    specialist, start = shop.specialist(job), shop.begin(job)
     make = functools.partial(_teach_one, job, specialist, start, shop, lessons and lessons/job.out.name)
     row = make_once(job.out, _refresh_claim(job, shop), make)
     remove_directory(job.checkpoints)
@@ -265,12 +270,11 @@ def _is_left(
 ) -> bool: # `False` also where something is wrong, which its line of the report will say
     "Must an adapter still be refreshed?"
     try:
-        specialist = Adapter.load(job.adapter, adapter_name=shop.options.adapter_name)
+        specialist = shop.specialist(job)
         if is_made(job.out, _refresh_claim(job, shop)): return False
-        origin = shop.sources(job.out.name)[-1]
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # it is said when the adapter is refreshed
-            shop.check_bases(specialist, Adapter.load(origin) if origin else None)
+            shop.check_bases(specialist, shop.begin(job))
         return True
     except (OSError, ValueError): return False
 

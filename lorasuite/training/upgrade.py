@@ -131,7 +131,8 @@ def upgrade(
     **kwargs,                           # for `RefreshOptions`, or without `inputs` for `finetune`: `steps`, `lr`, …
 ) -> tuple[Adapter, Run]: # the adapter of the new model; the loss at every step, empty without `data` and `inputs`
     "Align and transfer, then refresh on questions or tune on labels; raises what these raise (LoRASuite, section 3)"
-    specialist = adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+    fallback = old.name if isinstance(old, Decoder) else old
+    specialist = adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, fallback=fallback)
     if plain_rank is not None: check_plain(adapter, plain_rank)
     options = _refresh_options(inputs, data, prompts, kwargs)
     if checkpoints: check_free(Path(checkpoints))

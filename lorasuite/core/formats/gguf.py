@@ -234,13 +234,27 @@ def _check_kind(
 # %% ../../../nbs/reference/gguf.ipynb #1b8d73f2
 def _base_name(
     reader:'GGUFReader', # of the file
-    file:Path,           # the file, for messages
-) -> str: # directory or Hub id
-    "The base that the file names; raises `ValueError` where it names none"
+) -> str: # directory or Hub id; '' where the file names none
+    "The base that the file names"
     address = _field(reader, 'general.base_model.0.repo_url', '').removeprefix('https://huggingface.co/')
-    if name := _field(reader, _BASE, '') or address: return name
-    raise ValueError(f'{file} does not say for which model it is: convert it first, '
-                     f'with lorasuite convert {file} --base MODEL')
+    return _field(reader, _BASE, '') or address
+
+# %% ../../../nbs/reference/gguf.ipynb #ggbase02
+def _base_of(
+    reader:'GGUFReader', # of the file
+    file:Path,           # the file, for messages
+    base:str,            # the model, where it was given
+    fallback:str,        # the model, where the file names none that is here
+) -> _Base:
+    "The model that a file is for; raises `ValueError` or `FileNotFoundError` where there is none"
+    if base: return _load_base(base)
+    name, why = _base_name(reader), 'does not say for which model it is'
+    try:
+        if name: return _load_base(name)
+    except FileNotFoundError as e: why = f'is for {name}, which is not here ({e})'
+    if fallback: return _load_base(fallback)
+    kind = FileNotFoundError if name else ValueError
+    raise kind(f'{file} {why}: convert it first, with lorasuite convert {file} --base MODEL')
 
 # %% ../../../nbs/reference/gguf.ipynb #ggalpha1
 def _alpha(
@@ -281,6 +295,7 @@ _NO_UPDATE = 'not an update of two factors; llama.cpp leaves it out too'
 def read(
     name:str|os.PathLike, # a GGUF file, a directory with one, or a Hub id
     base:str|os.PathLike='', # directory or Hub id of the model; that which the file names by default
+    fallback:str|os.PathLike='', # the model where the file names none, or one that is not here
 ) -> Adapter:
     "Read an adapter of llama.cpp; raises `ValueError` naming what is not understood"
     import gguf
@@ -289,14 +304,10 @@ def read(
         reader = gguf.GGUFReader(file)
         _check_kind(reader, file)
         found, others = _pairs(reader, file)
-        alpha, named = _alpha(reader, file), base or _base_name(reader, file)
+        alpha = _alpha(reader, file)
         keys = _CARD, _TEMPLATE, 'general.architecture'
         card, template, architecture = (str(_field(reader, key, '')) for key in keys)
-    try: model = _load_base(named)
-    except FileNotFoundError as e:
-        if base: raise
-        raise FileNotFoundError(f'{file} is for {named}, which is not here ({e}): convert it first, with '
-                                f'lorasuite convert {file} --base MODEL') from None
+    model = _base_of(reader, file, str(base), str(fallback))
     _check_names(found, model, architecture, file)
     adapter = Adapter({}, model.name, model.info.layers, card, skipped=dict.fromkeys(others, _NO_UPDATE),
                       chat_template=template)
