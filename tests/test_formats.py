@@ -269,7 +269,7 @@ WRONG_GGUF = dict(
     deeper=({name.replace('.1.', '.9.'): t for name, t in FACTORS.items()}, {}, 'blk.9.attn_k.weight, which zoo/old'),
     nan=(FACTORS | {f'{K}.lora_b': torch.full((64, 2), torch.nan)}, {}, 'no matrix of finite numbers'),
     alpha=(FACTORS, dict(alpha=float('nan')), 'adapter.lora.alpha is nan, no finite number'),
-    gone=(FACTORS, dict(base='/home/x/old'), 'is for /home/x/old, which is not here.*convert .* --base MODEL'),
+    gone=(FACTORS, dict(base='/nowhere/old'), 'is for /nowhere/old, which is not here.*convert .* --base MODEL'),
     none=({}, {}, 'holds no LoRA update'))
 
 @pytest.mark.parametrize('name', WRONG_GGUF)
@@ -499,7 +499,7 @@ def test_what_PEFT_says_of_checkpoints_is_not_for_people(tmp_path):
                '-o', tmp_path/'o')
     assert done.exit_code == 0 and 'warning' not in done.stderr, done.stderr
 
-@pytest.mark.parametrize('base', ['', '/home/x/old'])
+@pytest.mark.parametrize('base', ['', '/nowhere/old'])
 def test_a_gguf_file_of_no_base_that_is_here(tmp_path, base):
     "Whoever names a model in the command need not convert the file first"
     pytest.importorskip('gguf')
