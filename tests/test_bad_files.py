@@ -114,6 +114,7 @@ MODELS = {f'{dtype}'.removeprefix('torch.'): (cast(dtype), f'{WEIGHTS}: {FIRST}'
     million_layers=(config(num_hidden_layers=10**6), 'num_hidden_layers in its config.json is 1,000,000'),
     class_a_number=(config(architectures=[99]), 'architectures=[99] is no list of names'),
     type_a_number=(config(dtype=99), 'dtype=99 is no name of a type'),
+    type_unknown=(config(dtype='float7'), "dtype='float7' is no name of a type"),
     no_layers=(config(num_hidden_layers=0), 'num_hidden_layers in its config.json is 0'),
     vast=(config(vocab_size=10**12), 'need more memory than this machine has'),
     generation_not_json=(text(GENERATION, b'{'), f'{GENERATION} is not readable'),

@@ -443,6 +443,18 @@ def test_what_a_low_rank_leaves_out_of_another_method_is_said(tmp_path):
     said = [why for why in json.loads(result.stdout)['skipped'] if 'of the change of a whole weight' in why]
     assert result.exit_code == 0 and said and all(0 < float(why.partition('%')[0]) < 100 for why in said)
 
+def test_one_of_several_adapters_of_another_method(tmp_path):
+    for name, scale in (('a', 2.), ('b', 3.)):
+        model = get_peft_model(load_model('zoo/old').model, METHODS['ia3'])
+        for p in model.parameters(): p.data *= scale if p.requires_grad else 1
+        model.save_pretrained(tmp_path/'run'/name)
+    args = ['convert', tmp_path/'run', '--base', 'zoo/old', '-o', tmp_path/'lora', '--max-rank', 96]
+    assert 'choose one by --adapter-name' in run(*args).stderr
+    assert run(*args, '--adapter-name', 'b').exit_code == 0
+    update = Adapter.load(tmp_path/'lora').delta('model.layers.0.self_attn.k_proj')
+    weight = load_model('zoo/old').model.get_submodule('model.layers.0.self_attn.k_proj').weight
+    assert (update - 2*weight).norm() < .01*weight.norm()
+
 @pytest.mark.parametrize('config', [PROMPTS, LNTuningConfig(target_modules=['norm'], task_type='CAUSAL_LM')])
 def test_what_no_lora_can_stand_for(tmp_path, config):
     model = get_peft_model(load_model('zoo/old').model, config)

@@ -3,16 +3,19 @@ import hashlib, json, os, shutil
 from dataclasses import replace
 import pytest, torch
 import yaml
-from models import error
+from models import error, random_decoder
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 from lorasuite.core.adapter import Adapter
-from lorasuite.core.files import data_dir
+from lorasuite.core.files import data_dir, own_directory
 from lorasuite.core.loading import load_model, same_weights, weight_hashes
 from lorasuite.stages.alignment import align, Alignment
 from lorasuite.stages.card import recorded_base
 from lorasuite.stages.pairing import base_doubt, pair_fault
 from lorasuite.stages.transfer import transfer
+from lorasuite.training import trainer
+from lorasuite.training.examples import load_data
+from lorasuite.training.finetune import finetune
 from lorasuite.training.trainer import LightTrainer
 from lorasuite.cli import app
 
@@ -313,7 +316,8 @@ def test_another_run_does_not_resume(work, tmp_path, interrupted):
     command, _ = interrupted
     for more, message in ((['--steps', 20], 'steps (10, now 20)'), (['--lr', 1e-4], 'lr (0.001, now'),
                           (['--seed', 1], 'seed (0, now 1)'), (['--whole'], 'the data: '),
-                          (['--schedule', 'cosine'], 'lr_scheduler_type (linear, now cosine)')):
+                          (['--schedule', 'cosine'], 'lr_scheduler_type (linear, now cosine)'),
+                          (['--prompt', '{instruction} '], 'the prompt: ')):
         result = run(*command, tmp_path/'out', *more)
         assert result.exit_code == 2, result.output
         assert f'interrupted run that differs from this one in {message}' in result.stderr
@@ -322,6 +326,29 @@ def test_another_run_does_not_resume(work, tmp_path, interrupted):
     assert result.exit_code == 2 and 'differs from this one in the base model: ' in result.stderr
     kept = sorted(p.name for p in (tmp_path/'.out-checkpoints').glob('checkpoint-*'))
     assert kept == ['checkpoint-2', 'checkpoint-4']
+
+def test_before_the_first_checkpoint_there_is_no_run_to_differ_from(tmp_path, monkeypatch, tokenizer):
+    "Killed there, the corrected settings are taken at once"
+    decoder, rows, kept = random_decoder(tokenizer), load_data('zoo/train.jsonl')[:8], tmp_path/'checkpoints'
+    with monkeypatch.context() as m:
+        m.setattr(trainer, '_timed_run', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): finetune(decoder, rows, steps=2, lr=9., checkpoints=kept)
+    assert json.loads((kept/'run.json').read_text())['lr'] == '9.0'
+    _, losses = finetune(decoder, rows, steps=2, lr=1e-3, checkpoints=kept)
+    assert len(losses) == 2 and json.loads((kept/'run.json').read_text())['lr'] == '0.001'
+
+def test_an_upgrade_with_other_settings_is_refused_before_the_alignment(tmp_path, monkeypatch):
+    kept = tmp_path/'.out-checkpoints'
+    own_directory(kept)
+    (kept/'checkpoint-8').mkdir()
+    (kept/'run.json').write_text(json.dumps(dict(steps='40', lr='0.0003')))
+    monkeypatch.setattr('lorasuite.training.upgrade.align', lambda *args, **kwargs: pytest.fail('it aligned'))
+    command = ['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '--inputs', 'zoo/test.jsonl', '-o', tmp_path/'out']
+    result = run(*command, '--steps', 10)
+    assert result.exit_code == 2 and 'differs from this one in steps (40, now 10)' in result.stderr
+    result = run(*command, '--lr', '1e-5')
+    assert result.exit_code == 2 and 'differs from this one in lr (0.0003, now 1e-05)' in result.stderr
+    assert (kept/'checkpoint-8').is_dir() and not (tmp_path/'out').exists()
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, interrupted):
     command, whole = interrupted

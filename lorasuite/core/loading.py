@@ -300,6 +300,13 @@ def _check_no_adapter(
     raise ValueError(f'{name} is an adapter, not a model: give the model that it was trained on'
                      + (f' ({base})' if base else ''))
 
+# %% ../../nbs/reference/loading.ipynb #istype01
+def _is_type(
+    name, # of a type of weights, such as `float32` or `auto`
+) -> bool:
+    "Is it the name of a type of numbers?"
+    return name == 'auto' or isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)
+
 # %% ../../nbs/reference/loading.ipynb #3d3b9df6
 def _check_named_kinds(
     folder:Path, # of a model
@@ -311,7 +318,7 @@ def _check_named_kinds(
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f'{file}: architectures={names!r:.60} is no list of names: fetch the model again')
     for key in ('dtype', 'torch_dtype'):
-        if isinstance(said.get(key), str | dict | None): continue
+        if isinstance(said.get(key), dict | None) or _is_type(said[key]): continue
         raise ValueError(f'{file}: {key}={said[key]!r:.60} is no name of a type: fetch the model again')
 
 # %% ../../nbs/reference/loading.ipynb #f656094a

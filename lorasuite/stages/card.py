@@ -89,6 +89,14 @@ def _head(
     data = ModelCardData(base_model=repository, library_name='peft', tags=['lora', 'lorasuite'], lorasuite=ours)
     return f'---\n{yaml_dump(data.to_dict(), sort_keys=False, allow_unicode=False)}---\n'
 
+# %% ../../nbs/reference/card.ipynb #readhead1
+def _read_head(
+    card:str, # text of a model card
+) -> dict: # empty where there is none that can be read
+    "The head of a model card"
+    try: return ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    except Exception: return {} # cards of other people can have anything in its place
+
 # %% ../../nbs/reference/card.ipynb #1f452f61
 @checked()
 def recorded_base(
@@ -96,7 +104,7 @@ def recorded_base(
 ) -> dict: # `name` and `sha256` of the base model; empty where lorasuite did not write the card
     "The model that an adapter was made for, as its card says"
     try:
-        found = ModelCard(card, ignore_metadata_errors=True).data.to_dict()['lorasuite']['base']
+        found = _read_head(card)['lorasuite']['base']
         name, sha256 = found['name'], dict(found['sha256'])
     except Exception: return {} # cards of other people can have anything in their place
     return dict(name=name, sha256=sha256) if all(isinstance(x, str) for x in (name, *sha256.values())) else {}
@@ -197,16 +205,26 @@ def _describe_specialist(
     if specialist.base: yield f'its base: {_with_hashes(specialist.base)}'
 
 # %% ../../nbs/reference/card.ipynb #rebased1
+def _has_weights(
+    known:dict[str, str],   # weight file: its SHA-256
+    base:str,               # name of a model
+) -> bool: # `False` also where nothing is known
+    "Does a model have weights of these hashes?"
+    found = weight_hashes(base)
+    return bool(known) and sorted(known.values()) == sorted(found.values())
+
+# %% ../../nbs/reference/card.ipynb #rebased3
 def _on_base(
     card:str, # text of a model card
     base:str, # model that the adapter is for now
-) -> str: # the same where another program wrote the card, or the weights are those that it names
+) -> str: # the same where its head names no model, this one, or one with the same weights, or nothing tells
     "A card whose head names the base that an adapter was trained on last"
-    known, sha256 = recorded_base(card), weight_hashes(base)
-    if not known or not sha256 or sorted(known['sha256'].values()) == sorted(sha256.values()): return card
-    data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
-    ours = data['lorasuite'] | dict(base=dict(name=base, sha256=sha256))
-    data |= dict(base_model=split_revision(base)[0], lorasuite=ours)
+    ours, data, sha256 = recorded_base(card), _read_head(card), weight_hashes(base)
+    named, repository = data.get('base_model'), split_revision(base)[0]
+    if not sha256 or not isinstance(named, str) or not ours and named == repository: return card
+    if _has_weights(ours.get('sha256') or weight_hashes(named), base): return card
+    data['base_model'] = repository
+    if ours: data['lorasuite'] |= dict(base=dict(name=base, sha256=sha256))
     head = f'---\n{yaml_dump(data, sort_keys=False, allow_unicode=False)}---\n'
     return re.sub(r'\A\s*---\n.*?\n---[ \t]*(\n|\Z)', lambda found: head, card, count=1, flags=re.DOTALL)
 

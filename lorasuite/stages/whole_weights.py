@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
 from ..core.adapter import Adapter
+from ..core.containers import find_adapter
 from ..core.experts import join_updates
-from ..core.files import locate
 from ..core.model import Decoder
 from ..core.settings import checked
 
@@ -107,13 +107,14 @@ def weights_to_updates(
 def merge_adapter(
     name:str|os.PathLike,   # a directory or Hub id of an adapter that PEFT can merge
     decoder:Decoder,        # the model that it was trained on, with its weights in memory
+    adapter_name:str|None=None, # which adapter, where there are several
 ) -> Adapter: # without updates: what changed is in `weights`
     "Any adapter of PEFT as the whole weights that it leads to; raises `ValueError` for one that cannot be merged"
-    before = dict(decoder.model.named_parameters())
+    before, folder = dict(decoder.model.named_parameters()), find_adapter(name, adapter_name)[0]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # what PEFT says of its own layers
-            merged = PeftModel.from_pretrained(copy.deepcopy(decoder.model), locate(name)).merge_and_unload()
+            merged = PeftModel.from_pretrained(copy.deepcopy(decoder.model), folder).merge_and_unload()
     except (AttributeError, NotImplementedError, RuntimeError, ValueError) as e:
         raise ValueError(f'{name}: PEFT cannot merge this adapter into {decoder.name} ({e})') from None
     weights = {path: p for path, p in merged.named_parameters() if path in before and not torch.equal(p, before[path])}

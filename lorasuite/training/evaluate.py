@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from ..core.adapter import Adapter
 from ..core.model import Decoder
+from ..core.names import printable
 from ..core.tokens import check_ids
 from ..core.settings import checked
 from .prompts import ask_all, drop_thoughts, Prompts, Renderer, spoken, ThoughtForm
@@ -77,7 +78,7 @@ def _warn_of_wishes(
 ):
     "Say what of a generation config is ignored"
     asked = {key: value for key, value in wishes.to_diff_dict().items() if key not in _HARMLESS and value is not None}
-    said = ', '.join(f'{key} {value}' for key, value in sorted(asked.items()))
+    said = ', '.join(f'{key} {printable(str(value), 40)}' for key, value in sorted(asked.items()))
     if asked: warnings.warn(f'answers are greedy: what generation_config.json asks for is ignored ({said:.300})')
 
 # %% ../../nbs/course/15_evaluate.ipynb #99c12265

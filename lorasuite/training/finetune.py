@@ -73,7 +73,7 @@ def finetune(
     adapter = adapter or init_adapter(decoder, rank, roles)
     if not steps: return adapter, Run()
     rows = encode_all(renderer, data, train_on_inputs)
-    kwargs |= dict(seed=seed, validation=encode_all(renderer, validation or (), train_on_inputs))
+    kwargs |= dict(seed=seed, prompt=str(renderer), validation=encode_all(renderer, validation or (), train_on_inputs))
     with adapter.on(decoder, trainable=True) as model:
         tuners = [method(model)] if method else []
         run = fit(model, rows, decoder.tokenizer, steps, lr, batch_size, callbacks=tuners, **kwargs)

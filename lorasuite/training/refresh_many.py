@@ -246,9 +246,11 @@ def _teach_one(
     refreshed, run = learn_lessons(student, taught, replace(specialist, base=shop.old), start, labelled, shop.options,
                                    job.checkpoints, spent=time.perf_counter() - begin)
     refreshed.save(job.out)
-    losses = dict(loss_first=run[0] if run else None, loss_last=run[-1] if run else None)
+    chances = [*run.chances.values()]
+    ends = {f'{what}_{end}': some[i] if some else None for what, some in (('loss', run), ('chance', chances))
+            for end, i in (('first', 0), ('last', -1))}
     return dict(status='refreshed', inputs=len(questions), lessons=len(taught), labelled=len(labelled), steps=len(run),
-                skipped_of_specialist=left_out(specialist), skipped=left_out(refreshed)) | losses
+                skipped_of_specialist=left_out(specialist), skipped=left_out(refreshed)) | ends
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmone
 def _refresh_or_keep(
@@ -314,21 +316,24 @@ def refresh_many(
                            seconds=round(time.perf_counter() - begin, 1))
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmcells
-_COLUMNS = ('adapter', 'status', 'inputs', 'lessons', 'steps', 'loss first', 'last', 'seconds', 'error')
-
 def _columns(
-    row:dict, # line of a report
-) -> tuple[str, ...]: # as many as `_COLUMNS`
+    row:dict,   # line of a report
+    kind:str,   # `loss` or `chance`
+) -> tuple[str, ...]: # as many as the head has
     "A line of a report for people"
     counts = [str(row.get(name, '')) for name in ('inputs', 'lessons', 'steps')]
-    losses = ['' if row.get(name) is None else f'{row[name]:.3f}' for name in ('loss_first', 'loss_last')]
+    form = '{:.3f}' if kind == 'loss' else '{:.1%}'
+    values = [row.get(f'{kind}_{end}') for end in ('first', 'last')]
+    ends = ['' if x is None else form.format(x) for x in values]
     seconds, error = f'{row["seconds"]:.1f}', printable(row.get('error', ''), 160)
-    return row['adapter'], row['status'], *counts, *losses, seconds, error
+    return row['adapter'], row['status'], *counts, *ends, seconds, error
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmlines
 @checked()
 def refresh_lines(
     report:dict, # of `refresh_many`
 ) -> list[str]:
-    "The report as a table"
-    return report_table(report, _COLUMNS, _columns, 'refreshed')
+    "The report as a table: of trainings in rounds the chance of the old answers, of others the loss"
+    kind = 'chance' if any(row.get('chance_first') is not None for row in report['adapters']) else 'loss'
+    head = ('adapter', 'status', 'inputs', 'lessons', 'steps', f'{kind} first', 'last', 'seconds', 'error')
+    return report_table(report, head, functools.partial(_columns, kind=kind), 'refreshed')

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FIRST_ROUND', 'LONGEST_ROUND', 'POINT', 'MINUTE', 'MOST_STEPS', 'answer_chance', 'mean_chance', 'Rounds',
-           'parse_duration', 'refresh_in_rounds']
+           'refresh_in_rounds']
 
 # %% ../../nbs/course/28_rounds.ipynb #rdimports
-import re, time
+import time
 from collections.abc import Callable
 from dataclasses import replace
 import torch
@@ -138,17 +138,6 @@ class Rounds(TrainerCallback):
         control.should_training_stop = _is_flat(self.marks) or not self.length
         control.should_save = args.save_strategy != 'no' and not control.should_training_stop
         if self.say: self.say(_round_line(self.marks, control.should_training_stop, self.length))
-
-# %% ../../nbs/course/28_rounds.ipynb #rdsecfn
-@checked()
-def parse_duration(
-    text:str, # a number with s, m or h behind it, such as 90s, 5m or 1.5h
-) -> float: # seconds
-    "A duration as people write it; raises `ValueError` for another text"
-    found = re.fullmatch(r'(\d+(?:\.\d+)?)(s|m|h)', text.strip())
-    seconds = float(found[1])*dict(s=1, m=60, h=3600)[found[2]] if found else 0.
-    if not seconds: raise ValueError(f'{text!r} is no duration: write it as 90s, 5m or 1.5h')
-    return seconds
 
 # %% ../../nbs/course/28_rounds.ipynb #rdfn
 MOST_STEPS = 10**6 # more than any refresh has

@@ -24,7 +24,7 @@ from .finetune import finetune
 from .prompts import ask_all, encode_all, Prompts, prompts_of_both, renderers_of_both
 from .refresh_many import keep_lessons, learn_lessons, RefreshOptions
 from ..core.settings import checked
-from .trainer import hash_tensors, Run
+from .trainer import check_settings, hash_tensors, Run
 
 # %% ../../nbs/reference/upgrade.ipynb #0b0c0b20
 @checked()
@@ -136,6 +136,7 @@ def upgrade(
     if plain_rank is not None: check_plain(adapter, plain_rank)
     options = _refresh_options(inputs, data, prompts, kwargs)
     if checkpoints: check_free(Path(checkpoints))
+    if checkpoints: check_settings(checkpoints, kwargs)
     asked = check_prompts(old, new, data or [], inputs or [], prompts, adapter)
     with naming_base(adapter, old, new): adapter, tokens = take_tokens(adapter, old, new)
     check_base(adapter, old, to_carry=True, new=new)
