@@ -1,4 +1,4 @@
-"""Where a carried adapter loses its skill: by role, by depth, by what moved; and what mends it without a question
+"""Where a carried adapter loses its skill: by role, by depth, by what moved; and what mends it without labels
 
 One real model of 135M parameters, its enlargement after three strengths of further training, and two tasks: sums, whose
 answers are written, and words, which are called good or bad. Every score is kept as soon as it is made.
@@ -25,7 +25,8 @@ from lorasuite.stages.transfer import transfer, transfer_updates
 from lorasuite.training.evaluate import bits_per_byte
 from lorasuite.training.finetune import finetune
 from lorasuite.training.prompts import Renderer
-from lorasuite.training.refresh import answer_rows, predict_answers
+from lorasuite.training.refresh import answer_rows, distillation_data, predict_answers, refresh
+from lorasuite.training.synthesize import synthesize
 from lorasuite.lab.refit import paired_positions, record_inputs, refit
 from lorasuite.lab.store import collect, RunLog
 
@@ -39,8 +40,9 @@ DEPTHS = 4                                  # parts of the depth
 LR, STEPS = 1e-3, 40                         # of the training on all labels
 QUESTIONS = 60                              # to test on
 STRENGTH = .1                               # of a refit
-RANKS = (8, 64)                             # of the drift, taken back
+RANKS = (1, 8, 64)                          # of the drift, taken back
 STRENGTHS = (1.25, 1.5)                     # of the whole carried adapter
+ASKED, LEARNED, LONGER = 64, dict(lr=3e-4, batch_size=8), 60 # questions, training and steps of a refresh
 BATCH = 10                                  # questions at a time
 
 # ---- the task of words
@@ -115,7 +117,7 @@ def answers_apart(inputs:Decoder, weights:Decoder, adapter:Adapter, rows:list[di
         with adding(weights, adapter, play) as model: found += answers(model, weights, some)
     return found
 
-# ---- mends that need no question
+# ---- mends that need no question of the task, and a refresh on some of it
 
 def rescaled(source:Adapter, carried:Adapter, alignment:Alignment, old:Decoder, new:Decoder) -> Adapter:
     "Each update at the scale at which it reads in general texts what it read on the old model"
@@ -179,6 +181,18 @@ class Case:
         "The carried adapter, refitted on general texts"
         return refit(self.source, self.alignment, self.old, self.new, probe_texts(), STRENGTH)
 
+    @cached_property
+    def written(self) -> list[dict]:
+        "Questions that the specialist writes itself"
+        return synthesize(self.old, self.source, ASKED)[0]
+    def refreshed(self, which:str) -> Adapter:
+        "The carried adapter after a refresh on questions of a kind, perhaps a longer one"
+        kind, _, longer = which.partition(', ')
+        other = words if self.task == 'sums' else sums
+        asked = self.written if kind == 'written' else (self.data if kind == 'its own' else other())['train'][:ASKED]
+        taught = distillation_data(self.old, asked, self.source)
+        return refresh(self.new, taught, self.carried, steps=LONGER if longer else 20, **LEARNED)[0]
+
     def depth(self, path:str) -> int:
         "The part of the depth that a module belongs to, counted from 0"
         return int(path.removeprefix(f'{self.new.stack}.').partition('.')[0])*DEPTHS//self.new.layers
@@ -191,6 +205,7 @@ class Case:
         if what == 'taken': return exchanged(self.trained, self.carried, self.chosen(part))
         if part == 'refit': return self.refitted
         if part == 'refit of the last layers': return exchanged(self.carried, self.refitted, self.chosen(LAST))
+        if part in REFRESHES: return self.refreshed(REFRESHES[part])
         if part == 'scales': return rescaled(self.source, self.carried, self.alignment, self.old, self.new)
         name, _, number = part.partition(' ')
         if name == 'drift': return drift_taken_back(self.carried, self.before, self.new, int(number))
@@ -228,6 +243,9 @@ class Case:
         return dict(drift=self.drift, task=self.task, what='texts', part=part, bits=bits)
 
 LAST = f'depth {DEPTHS - 1}'
+REFRESHES = { # name: on questions of which kind
+    'refresh on other questions': 'other', 'refresh on written questions': 'written',
+    'longer refresh on written questions': 'written, longer', 'refresh on its own questions': 'its own'}
 
 def parts(roles:tuple[str, ...]) -> Iterator[tuple[str, str]]:
     "All that is measured of a case: its kind, and what it is"
@@ -237,7 +255,8 @@ def parts(roles:tuple[str, ...]) -> Iterator[tuple[str, str]]:
     yield from ((what, place) for what in ('put', 'taken') for place in places)
     drifts = [f'drift {rank}' for rank in RANKS]
     strengths = [f'strength {factor:g}' for factor in STRENGTHS]
-    yield from (('mended', part) for part in ('scales', 'refit', 'refit of the last layers', *drifts, *strengths))
+    mends = 'scales', 'refit', 'refit of the last layers', *drifts, *strengths, *REFRESHES
+    yield from (('mended', part) for part in mends)
     yield from (('texts', part) for part in ('before', 'base', 'carried', *drifts))
 
 def main():

@@ -499,8 +499,9 @@ def run(name):
 
 def collect():
     "Write what there is where the page finds it"
-    names = [name for name in COMPARISONS | LARGE if (BUILD/f'{name}.json').exists()]
-    found = {name: json.loads((BUILD/f'{name}.json').read_text()) for name in names}
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {} # what was measured before
+    made = {name: BUILD/f'{name}.json' for name in COMPARISONS | LARGE}
+    found = known | {name: json.loads(file.read_text()) for name, file in made.items() if file.exists()}
     RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + '\n')
     return found
 

@@ -1,4 +1,4 @@
-"""What CPU seconds buy after an upgrade: carried, refitted, refreshed for some steps or in rounds, or trained on labels
+"""What CPU seconds buy after an upgrade: carried, refitted, refreshed on questions or without any, or trained on labels
 
 One real pair (a model of 135M parameters and an enlargement of it that was trained on) and four tiny ones. Every run
 is kept as soon as it is made; started again, the command goes on with those that are missing.
@@ -21,6 +21,7 @@ from lorasuite.training.examples import load_data
 from lorasuite.training.finetune import finetune
 from lorasuite.training.refresh import distillation_data, refresh
 from lorasuite.training.rounds import refresh_in_rounds
+from lorasuite.training.synthesize import synthesize
 from lorasuite.lab.store import collect, RunLog, select_runs
 
 FILE = CACHE/'minutes.jsonl'
@@ -28,6 +29,7 @@ RESULTS = data_dir()/'minutes.json'
 KEY = ('pair', 'way', 'split', 'questions', 'steps', 'lr', 'seed')
 CPU = dict(device=torch.device('cpu'), dtype=torch.float32)
 SEEDS = range(2)
+WRITTEN, WRITTEN_STEPS = 300, (40, 160) # questions that the specialist writes itself, and steps of refreshes on them
 PAIRS = { # pair: rate of a refresh; questions and steps of refreshes; steps and rates of LoRAs on 100 and on all labels
     'new': (1e-3, {64: (5, 10, 20, 50, 100, 200), 300: (5, 20, 100, 200)}, {100: 100, None: 300}, (1e-3, 3e-3, 1e-2)),
     'new-far': (1e-3, {64: (5, 10, 20, 50, 100, 200), 300: (5, 20, 100, 200)}, {100: 100, None: 300},
@@ -68,9 +70,12 @@ class Pair:
     @cache
     def carried(self) -> Adapter: return transfer(self.source, self.alignment())
     @cache
-    def lessons(self, questions:int, seed:int) -> tuple: # lessons, CPU seconds
-        asked = random.Random(seed).sample(self.data['inputs'], questions)
-        return timed(lambda: distillation_data(self.old, asked, self.source))
+    def lessons(self, questions:int, seed:int, written:bool=False) -> tuple: # lessons, CPU seconds
+        def make():
+            if written: asked, _ = synthesize(self.old, self.source, questions, seed=seed)
+            else: asked = random.Random(seed).sample(self.data['inputs'], questions)
+            return distillation_data(self.old, asked, self.source)
+        return timed(make)
 
     def make(self, way:str, questions:int, steps:int, lr:float, seed:int) -> tuple: # adapter, CPU seconds before, steps
         "Make a specialist"
@@ -84,15 +89,15 @@ class Pair:
         if way == 'labels':
             rows = random.Random(seed).sample(self.data['train'], questions) if questions else self.data['train']
             return finetune(self.new, rows, steps=steps, **how)[0], 0., steps
-        taught, seconds = self.lessons(questions, seed)
-        if way == 'refreshed':
+        taught, seconds = self.lessons(questions, seed, way == 'written')
+        if way != 'rounds':
             return refresh(self.new, taught, start, steps=steps, batch_size=8, **how)[0], seconds, steps
         adapter, run = refresh_in_rounds(self.new, taught, start, **how)
         return adapter, seconds, len(run)
 
     def row(self, way:str, split:str, questions:int|None, steps:int, lr:float, seed:int) -> dict:
         "A run, and how well its specialist answers"
-        if way in ('refreshed', 'rounds'): self.lessons(questions, seed)
+        if way in ('refreshed', 'rounds', 'written'): self.lessons(questions, seed, way == 'written')
         (adapter, before, made), seconds = timed(lambda: self.make(way, questions, steps, lr, seed))
         old = way == 'specialist'
         score = evaluate(self.old if old else self.new, self.data[split], self.source if old else adapter)
@@ -106,6 +111,7 @@ def runs_of(pair:Pair, rows:list[dict]):
     for questions, steps in pair.refreshes.items():
         yield from (('refreshed', 'test', questions, n, pair.rate, seed) for seed in SEEDS for n in steps)
         yield from (('rounds', 'test', questions, 0, pair.rate, seed) for seed in SEEDS)
+    yield from (('written', 'test', WRITTEN, n, pair.rate, seed) for seed in SEEDS for n in WRITTEN_STEPS)
     for labels, steps in pair.labels.items():
         yield from (('labels', 'validation', labels, steps, lr, 100) for lr in pair.rates)
         tried = select_runs(rows, pair=pair.name, way='labels', split='validation', questions=labels)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'demo_command', 'inspect_command', 'align_command', 'transfer_command', 'finetune_command', 'refresh_command',
-           'evaluate_command', 'upgrade_command', 'convert_command']
+           'evaluate_command', 'synthesize_command', 'upgrade_command', 'convert_command']
 
 # %% ../nbs/reference/cli.ipynb #b26734db
 import functools, inspect, json, logging, os, re, sys, time, traceback, warnings
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .core.files import (
-    did_you_mean, hold_output, is_main_process, is_ours, read_utf8, remove_directory)
+    did_you_mean, hold_output, is_main_process, is_ours, read_utf8, remove_directory, writing)
 from .core.names import printable, shortened
 from .core.settings import check_training, parse_duration, SCHEDULES
 
@@ -219,7 +219,7 @@ def _reserved(
     with hold_output(out):
         try: yield
         finally:
-            kept, folder = ('checkpoint-*', 'lessons'), _checkpoints(out)
+            kept, folder = ('checkpoint-*', 'lessons', 'drawn.json'), _checkpoints(out)
             if is_ours(folder) and not any(found for pattern in kept for found in folder.glob(pattern)):
                 remove_directory(folder)
 
@@ -887,6 +887,45 @@ def evaluate_command(
                            for i, e in enumerate(rows, 1) if not score.right[i-1]]
     if names: report['benchmarks'] = benchmark(decoder, names, worn)
     return report | _beside_updates(worn, decoder=decoder)
+
+# %% ../nbs/reference/cli.ipynb #synthrow
+def _write_rows(
+    rows:list[dict],    # of JSON
+    file:Path,          # to make
+):
+    "Write JSON lines, all or nothing"
+    text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+    part = file.with_name(f'.{file.name}.part')
+    with writing(file):
+        part.write_text(text, encoding='utf-8')
+        os.replace(part, file)
+
+# %% ../nbs/reference/cli.ipynb #synthcmd
+@_command
+def synthesize_command(
+    old:_Old, adapter:_Source,
+    out:Annotated[Path, typer.Option('--out', '-o', help='file of questions to make (JSON lines); it must not exist')],
+    number:Annotated[int, typer.Option('--number', '-n', min=1, help='of different questions')]=300,
+    longest:Annotated[int, typer.Option(min=2, help='tokens; longer questions are left out')]=64,
+    prompt:_Prompt=None, chat_template:_Template=None, seed:Annotated[int, typer.Option(help='of the draws')]=0,
+    adapter_name:_Which=None, json_:_Json=False,
+):
+    "Let an old specialist write questions, for `upgrade --inputs`. Interrupted, it resumes when started again."
+    from lorasuite.core.loading import load_model
+    from lorasuite.stages.added_tokens import with_tokens
+    from lorasuite.stages.pairing import check_base
+    from lorasuite.training.prompts import Renderer
+    from lorasuite.training.synthesize import question_frame, synthesize
+    prompts = _prompts(prompt, chat_template, 'keep')
+    specialist = _load_adapter(adapter, adapter_name, old)
+    check_base(specialist, old)
+    decoder = with_tokens(load_model(old), specialist)
+    questions, counts = synthesize(decoder, specialist, number, prompts, seed, longest, keep=_checkpoints(out),
+                                   progress=_show_progress())
+    _write_rows(questions, out)
+    remove_directory(_checkpoints(out))
+    facts = [f'such as: {e["instruction"]!r:.100}' for e in questions[:5]]
+    return dict(out=str(out), questions=len(questions)) | counts | dict(facts=facts)
 
 # %% ../nbs/reference/cli.ipynb #955ad175
 @_command

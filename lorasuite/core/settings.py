@@ -20,7 +20,8 @@ _RANGES = dict( # setting: smallest value, largest value, must it be whole?
     rank=_RANK, max_rank=_RANK, plain_rank=_RANK,
     prune=(0, 65_536, False), target=(0, 65_536, False), seed=(0, 2**32 - 1, True), soft=(0, 1, False),
     budget=(0, 1e9, False), seconds=(0, 1e9, False),
-    top=(1, 10**6, True), max_new_tokens=(1, 10**6, True), longest=(2, 10**6, True), strength=(0, 1e9, False))
+    number=(1, 10**7, True), top=(1, 10**6, True), max_new_tokens=(1, 10**6, True), longest=(2, 10**6, True),
+    strength=(0, 1e9, False))
 
 # %% ../../nbs/reference/settings.ipynb #255bd091
 def _check_number(

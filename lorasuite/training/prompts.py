@@ -836,7 +836,13 @@ class Renderer:
         example:dict, # a question
     ) -> list[int]:
         "The token ids that a model is asked with"
-        text = self.text(example)
+        return self.ids(self.text(example))
+
+    @checked()
+    def ids(self,
+        text:str, # the beginning of a conversation, as `text` gives it
+    ) -> list[int]:
+        "The token ids of a text that the model shall continue"
         if self.template: return self.known(self.template.token_ids(text))
         return self.known(_opened(self.tokenizer, self.tokenizer(text).input_ids))
 
