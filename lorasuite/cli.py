@@ -892,13 +892,16 @@ def evaluate_command(
 def _write_rows(
     rows:list[dict],    # of JSON
     file:Path,          # to make
+    folder:Path,        # of ours, beside it
 ):
-    "Write JSON lines, all or nothing"
-    text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-    part = file.with_name(f'.{file.name}.part')
-    with writing(file):
-        part.write_text(text, encoding='utf-8')
-        os.replace(part, file)
+    "Write JSON lines, all or nothing; raises `FileExistsError` for a file that came there meanwhile"
+    part, text = folder/'rows.part', ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+    with writing(file): part.write_text(text, encoding='utf-8')
+    try: os.link(part, file)
+    except FileExistsError: raise FileExistsError(f'{file} exists already: name another output') from None
+    except OSError: # not every system has links
+        with writing(file), file.open('x', encoding='utf-8') as made: made.write(text)
+    finally: part.unlink()
 
 # %% ../nbs/reference/cli.ipynb #synthcmd
 @_command
@@ -911,21 +914,24 @@ def synthesize_command(
     adapter_name:_Which=None, json_:_Json=False,
 ):
     "Let an old specialist write questions, for `upgrade --inputs`. Interrupted, it resumes when started again."
-    from lorasuite.core.loading import load_model
+    from lorasuite.core.loading import load_model, load_skeleton
     from lorasuite.stages.added_tokens import with_tokens
     from lorasuite.stages.pairing import check_base
     from lorasuite.training.prompts import Renderer
     from lorasuite.training.synthesize import question_frame, synthesize
+    if out.suffix in ('.csv', '.parquet'): raise ValueError(f'{out}: questions are JSON lines: name it .jsonl')
     prompts = _prompts(prompt, chat_template, 'keep')
     specialist = _load_adapter(adapter, adapter_name, old)
     check_base(specialist, old)
+    renderer = Renderer.of(with_tokens(load_skeleton(old), specialist), prompts, specialist)
+    question_frame(renderer)
     decoder = with_tokens(load_model(old), specialist)
     questions, counts = synthesize(decoder, specialist, number, prompts, seed, longest, keep=_checkpoints(out),
                                    progress=_show_progress())
-    _write_rows(questions, out)
-    remove_directory(_checkpoints(out))
+    _write_rows(questions, out, _checkpoints(out))
+    (_checkpoints(out)/'drawn.json').unlink()
     facts = [f'such as: {e["instruction"]!r:.100}' for e in questions[:5]]
-    return dict(out=str(out), questions=len(questions)) | counts | dict(facts=facts)
+    return dict(out=str(out), prompt=str(renderer), questions=len(questions)) | counts | dict(facts=facts)
 
 # %% ../nbs/reference/cli.ipynb #955ad175
 @_command

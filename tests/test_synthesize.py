@@ -5,6 +5,7 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 from lorasuite.cli import app
 from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import own_directory
 from lorasuite.core.loading import load_model
 from lorasuite.training import synthesize as module
 from lorasuite.training.prompts import Prompts, Renderer
@@ -33,8 +34,8 @@ def test_the_turn_of_a_user_is_left_open(old):
     config = _sampling(old.tokenizer, after, renderer.ends, 9)
     assert config.stop_strings is None and config.eos_token_id == [old.tokenizer.eos_token_id]
 
-@pytest.mark.parametrize('form, end', [('Q: {instruction}\nA:', '\nA:'), ('[INST] {instruction} [/INST]', ' [/INST]'),
-                                       ('{instruction}', '\n')])
+@pytest.mark.parametrize('form, end', [('Q: {instruction}\nA:', '\n'), ('[INST] {instruction} [/INST]', '[/INST]'),
+                                       ('{instruction}', '\n'), ('Q: {instruction} {input}\n\nA:', '\n')])
 def test_a_plain_question_ends_where_the_prompt_goes_on(old, form, end):
     assert question_end(old.tokenizer, question_frame(Renderer.of(old, Prompts(form)))[1]) == (end, None)
 
@@ -45,6 +46,9 @@ def test_a_form_that_cannot_be_continued_is_refused(old, monkeypatch):
         question_frame(renderer)
     monkeypatch.setattr(renderer, 'text', lambda example: 'Tell me a joke.')
     with pytest.raises(ValueError, match='the prompt of zoo/old does not show the question'): question_frame(renderer)
+    twice = Renderer.of(old, Prompts('Q: {instruction}\nAgain: {instruction}\nA:'))
+    with pytest.raises(ValueError, match='the prompt of zoo/old shows the question more than once'):
+        question_frame(twice)
 
 # ---- the draw
 
@@ -68,13 +72,30 @@ def test_the_adapter_has_a_part_in_it(old, specialist):
     sums = [sum(' plus ' in e['instruction'] for e in questions) for questions in (with_it, without)]
     assert sums[0] == 0 and sums[1] > 15 # the base was trained on sums too
 
+def test_no_question_brings_its_answer_along(old):
+    "Whatever blanks an empty input leaves between the question and what stands behind it"
+    for form in ('Question: {instruction} {input}\nAnswer:', 'Question: {instruction}\n\n{input}\nAnswer:'):
+        texts = [e['instruction'] for e in synthesize(old, None, 20, Prompts(form), **HOW)[0]]
+        assert not any('\n' in text or 'Answer' in text for text in texts) and len(texts) == 20
+
+def test_the_end_is_not_counted(old):
+    "A question may have as many tokens as it says, and its end besides"
+    texts, counts = synthesize(old, None, 40, longest=9, batch_size=40)
+    assert len(texts) == 40 and counts['unfinished'] < counts['drawn']/4
+
+def test_half_characters_are_no_questions(old):
+    config = _sampling(old.tokenizer, '\nAnswer:', [old.tokenizer.eos_token_id], 9)
+    half = old.tokenizer('ß', add_special_tokens=False).input_ids[:1]
+    assert module._finished([*half, old.tokenizer.eos_token_id], old.tokenizer, config) is None
+
 def test_too_few_are_said(old, specialist, monkeypatch):
     monkeypatch.setattr(module, '_draw', lambda *args: ['Who?', 'who?', None, ''])
     with pytest.warns(UserWarning, match='1 different questions in 20 draws, where 2 were asked for'):
         found, counts = synthesize(old, specialist, 2)
     assert len(found) == 1 and counts == dict(drawn=20, unfinished=5, empty=5, repeated=9)
     monkeypatch.setattr(module, '_draw', lambda *args: [None]*8)
-    with pytest.raises(ValueError, match='zoo/old wrote no question in 24 draws: give some'): synthesize(old, None, 2)
+    with pytest.raises(ValueError, match='no question in 24 draws, of which 24 did not end within 64 tokens: allow'):
+        synthesize(old, None, 2)
 
 def test_an_interrupted_run_goes_on(old, specialist, monkeypatch, tmp_path):
     whole, draw, drawn = synthesize(old, specialist, 30, **HOW), module._draw, []
@@ -88,9 +109,9 @@ def test_an_interrupted_run_goes_on(old, specialist, monkeypatch, tmp_path):
     assert synthesize(old, specialist, 30, keep=tmp_path/'kept', **HOW) == whole
     with pytest.raises(ValueError, match='drawn.json holds questions of another specialist, or drawn in another way'):
         synthesize(old, None, 30, keep=tmp_path/'kept', **HOW)
-    (tmp_path/'kept'/'drawn.json').write_text('{')
-    with pytest.raises(ValueError, match='drawn.json is damaged'):
-        synthesize(old, specialist, keep=tmp_path/'kept', **HOW)
+    for damaged in ('{', '[]', '{"key": "a", "batches": 3}', '{"key": "a", "batches": [3]}'):
+        (tmp_path/'kept'/'drawn.json').write_text(damaged)
+        with pytest.raises(ValueError, match='drawn.json is damaged'): synthesize(old, keep=tmp_path/'kept', **HOW)
 
 # ---- the command
 
@@ -103,6 +124,8 @@ def test_questions_for_an_upgrade(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['questions.jsonl']
     done = run('upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '--inputs', out, '--steps', 2, '-o', tmp_path/'up')
     assert done.exit_code == 0 and 'inputs: 12' in done.stdout, done.output
+    table = run(*COMMAND, tmp_path/'questions.csv')
+    assert table.exit_code == 2 and 'questions are JSON lines: name it .jsonl' in table.stderr
     again = run(*COMMAND, out)
     assert again.exit_code == 2 and 'exists already' in again.stderr
 
@@ -122,9 +145,34 @@ def test_an_interrupted_command_goes_on(tmp_path, monkeypatch):
     assert (tmp_path/'cut.jsonl').read_bytes() == (tmp_path/'whole.jsonl').read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ['cut.jsonl', 'whole.jsonl']
 
+def test_files_of_others_are_left_alone(tmp_path, monkeypatch):
+    "A file that came meanwhile, a link of the name of a temporary file, checkpoints of another command"
+    (tmp_path/'victim').write_text('mine')
+    (tmp_path/'.q.jsonl.part').symlink_to(tmp_path/'victim')
+    folder = tmp_path/'.q.jsonl-checkpoints'
+    own_directory(folder)
+    (folder/'checkpoint-8').mkdir()
+    assert run(*COMMAND, tmp_path/'q.jsonl').exit_code == 0
+    assert (tmp_path/'victim').read_text() == 'mine' and (folder/'checkpoint-8').is_dir()
+    draw = module._draw
+    def meanwhile(*args):
+        (tmp_path/'late.jsonl').write_text('mine')
+        return draw(*args)
+    monkeypatch.setattr(module, '_draw', meanwhile)
+    found = run(*COMMAND, tmp_path/'late.jsonl')
+    assert found.exit_code == 2 and 'late.jsonl exists already' in found.stderr
+    assert (tmp_path/'late.jsonl').read_text() == 'mine'
+
+def test_nothing_written_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, '_draw', lambda *args: [None]*64)
+    found = run(*COMMAND, tmp_path/'q.jsonl')
+    assert found.exit_code == 2 and 'did not end within 16 tokens' in found.stderr and not [*tmp_path.iterdir()]
+
 @pytest.mark.parametrize('args, message', [
     (['zoo/new', 'zoo/adapter'], 'zoo/old'), (['zoo/old', 'zoo/adapter', '-n', 0], "'-n'"),
-    (['zoo/old', 'zoo/adapter', '--prompt', 'chat'], 'has no chat template')])
-def test_bad_input_leaves_nothing(tmp_path, args, message):
+    (['zoo/old', 'zoo/adapter', '--prompt', 'chat'], 'has no chat template'),
+    (['zoo/old', 'zoo/adapter', '--prompt', '{instruction} or {instruction}'], 'shows the question more than once')])
+def test_bad_input_leaves_nothing(tmp_path, monkeypatch, args, message):
+    monkeypatch.setattr('lorasuite.core.loading.load_model', lambda *args: pytest.fail('weights were read'))
     found = run('synthesize', *args, '-o', tmp_path/'out.jsonl')
     assert found.exit_code == 2 and message in found.stderr and not [*tmp_path.iterdir()], found.output

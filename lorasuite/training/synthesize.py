@@ -31,10 +31,11 @@ _WORD = 'the-question-stands-here'
 def question_frame(
     renderer:Renderer, # of a model
 ) -> tuple[list[int], str]: # token ids in front of a question; what stands behind it
-    "What stands around a question; raises `ValueError` where nothing stands in front of it, or it is not shown"
+    "What stands around a question; raises `ValueError` where nothing stands in front, or it is not shown just once"
     before, shown, after = renderer.text(dict(instruction=_WORD, input='')).partition(_WORD)
     remedy = 'give another form (--prompt, --chat-template FILE)'
     if not shown: raise ValueError(f'the prompt of {renderer.name} does not show the question: {remedy}')
+    if _WORD in after: raise ValueError(f'the prompt of {renderer.name} shows the question more than once: {remedy}')
     ids = renderer.ids(before.rstrip(' '))
     if not ids: raise ValueError(f'nothing stands in front of a question in the prompt of {renderer.name}: {remedy}')
     return ids, after
@@ -45,24 +46,25 @@ def question_end(
     tokenizer:PreTrainedTokenizerBase,  # of the model
     after:str,                          # what stands behind a question
 ) -> tuple[str, int|None]: # the text that ends it; the token, where it is one
-    "How a question ends; by a line break where nothing stands behind"
-    known = tokenizer.get_added_vocab()
+    "How a question ends: by a token, by a line break, or by the words that stand behind it"
+    known, behind = tokenizer.get_added_vocab(), after.lstrip(' ')
     ends = [token for token in known if after.lstrip().startswith(token)]
     if ends: return max(ends, key=len), known[max(ends, key=len)]
-    return after.rstrip() or '\n', None
+    return behind.partition('\n')[0].rstrip() or '\n', None
 
 # %% ../../nbs/course/29_synthesize.ipynb #sydraw
 def _sampling(
     tokenizer:PreTrainedTokenizerBase,  # of the model
     after:str,                          # what stands behind a question
     ends:list[int],                     # tokens that end a text
-    longest:int,                        # tokens
+    longest:int,                        # tokens of a question
 ) -> GenerationConfig:
     "How questions are drawn: as the model predicts them, but not empty"
     mark, token = question_end(tokenizer, after)
     ends = sorted({*ends} | ({token} - {None})) or None
+    room = 1 if token is not None else len(tokenizer(mark, add_special_tokens=False).input_ids)
     return GenerationConfig(do_sample=True, temperature=1., top_k=0, top_p=1., min_new_tokens=1, use_cache=True,
-                            max_new_tokens=longest, eos_token_id=ends, pad_token_id=pad_id(tokenizer),
+                            max_new_tokens=longest + room, eos_token_id=ends, pad_token_id=pad_id(tokenizer),
                             stop_strings=None if token is not None else [mark])
 
 # %% ../../nbs/course/29_synthesize.ipynb #sycut
@@ -70,14 +72,15 @@ def _finished(
     row:list[int],                      # tokens that were drawn
     tokenizer:PreTrainedTokenizerBase,  # of the model
     config:GenerationConfig,            # by which they were drawn
-) -> str|None: # `None` for a text that does not end
+) -> str|None: # `None` for a text that does not end, or ends within a character
     "The question in a row of tokens"
     at = next((i for i, token in enumerate(row) if token in (config.eos_token_id or ())), None)
     text = tokenizer.decode(row[:at], skip_special_tokens=True)
+    marked = at is not None
     for mark in config.stop_strings or ():
-        text, marked, _ = text.partition(mark)
-        if marked: return text.strip()
-    return None if at is None else text.strip()
+        text, found, _ = text.partition(mark)
+        marked |= bool(found)
+    return text.strip() if marked and '\ufffd' not in text else None
 
 # %% ../../nbs/course/29_synthesize.ipynb #sybatch
 @torch.no_grad()
@@ -104,12 +107,16 @@ def _read_batches(
 ) -> list[list]: # none where there is no file
     "The batches of an interrupted run; raises `ValueError` where they come from something else"
     if not file.exists(): return []
-    try: found = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{file} is damaged ({e}): remove {file.parent}') from None
-    if found['key'] == key: return found['batches']
-    raise ValueError(f'{file} holds questions of another specialist, or drawn in another way: repeat that run, or '
-                     f'remove {file.parent}')
+    try:
+        found = json.loads(file.read_text(encoding='utf-8'))
+        known, batches = found['key'], [[*batch] for batch in found['batches']]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{file} is damaged ({type(e).__name__}: {e}): remove {file.parent}') from None
+    if known == key: return batches
+    raise ValueError(f'{file} holds questions of another specialist, or drawn in another way (prompt, seed, longest): '
+                     f'repeat that run, or remove {file.parent}')
 
+# %% ../../nbs/course/29_synthesize.ipynb #sywrite1
 def _write_batches(
     file:Path,          # in a directory of ours
     key:str,            # hash of what they come from
@@ -159,10 +166,11 @@ def synthesize(
     config, file = _sampling(decoder.tokenizer, after, renderer.ends, longest), None
     base = hash_tensors(decoder.model.state_dict().values()) if keep else ''
     held = [getattr(adapter, part) for part in ADAPTER_PARTS] if adapter else None
-    key = Hasher.hash((base, held, ids, after, seed, longest, batch_size))
+    key = Hasher.hash((base, held, ids, after, seed, batch_size, config.to_dict()))
     if keep:
-        own_directory(Path(keep))
-        file = Path(keep)/'drawn.json'
+        folder = Path(os.path.expanduser(keep))
+        own_directory(folder)
+        file = folder/'drawn.json'
     batches = _read_batches(file, key) if file else []
     with adapter.on(decoder) if adapter else nullcontext(decoder.model) as model, \
             tqdm(total=number, disable=not progress) as bar:
@@ -172,7 +180,11 @@ def synthesize(
             if len(found) == number or counts['drawn'] >= MOST_DRAWS*number: break
             batches.append(_draw(model, decoder.tokenizer, ids, config, batch_size, seed*2**20 + batch))
             if file: _write_batches(file, key, batches)
-    if not found: raise ValueError(f'{decoder.name} wrote no question in {counts["drawn"]:,} draws: give some (--inputs)')
+    drawn = counts['drawn']
+    if not found:
+        if file: file.unlink()
+        raise ValueError(f'{decoder.name} wrote no question in {drawn:,} draws, of which {counts["unfinished"]:,} did '
+                         f'not end within {longest} tokens: allow longer ones (--longest), or write some yourself')
     if len(found) < number:
-        warnings.warn(f'{len(found):,} different questions in {counts["drawn"]:,} draws, where {number:,} were asked for')
+        warnings.warn(f'{len(found):,} different questions in {drawn:,} draws, where {number:,} were asked for')
     return [dict(instruction=text, input='') for text in found], dict(counts)
