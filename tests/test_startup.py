@@ -16,7 +16,8 @@ from transformers import SchedulerType
 
 HEAVY = ('torch', 'transformers', 'datasets', 'peft', 'accelerate', 'safetensors', 'numpy', 'scipy', 'pandas')
 PLOTS = ('matplotlib', 'seaborn')
-COMMANDS = ('demo', 'inspect', 'align', 'transfer', 'convert', 'finetune', 'refresh', 'evaluate', 'upgrade')
+COMMANDS = ('demo', 'inspect', 'align', 'transfer', 'convert', 'finetune', 'refresh', 'synthesize', 'evaluate',
+            'upgrade')
 
 def loaded(code, *args):
     "The modules that a fresh Python has loaded when it ends"
