@@ -8,7 +8,9 @@ __all__ = ['MOST_DRAWS', 'question_frame', 'question_end', 'synthesize']
 # %% ../../nbs/course/29_synthesize.ipynb #syimports
 import json, os, warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import count
 from pathlib import Path
 import torch
@@ -128,6 +130,19 @@ def _write_batches(
         part.write_text(json.dumps(dict(key=key, batches=batches)), encoding='utf-8')
         os.replace(part, file)
 
+# %% ../../nbs/course/29_synthesize.ipynb #sykeep1
+_FILE = 'drawn.json'
+
+def _kept_batches(
+    keep:str|os.PathLike|None,  # directory; `None` for none
+    key:str,                    # hash of what the questions come from
+) -> tuple[list[list], Callable[[list[list]], None]]: # what was drawn already; what keeps all that was drawn
+    "The batches of an interrupted run, and a way to keep more"
+    if keep is None: return [], lambda batches: None
+    folder = Path(os.path.expanduser(keep))
+    own_directory(folder)
+    return _read_batches(folder/_FILE, key), partial(_write_batches, folder/_FILE, key)
+
 # %% ../../nbs/course/29_synthesize.ipynb #sysort
 def _sort_out(
     batches:list[list], # of questions that were drawn
@@ -145,9 +160,43 @@ def _sort_out(
         else: kept[form] = text
     return [*kept.values()], counts
 
-# %% ../../nbs/course/29_synthesize.ipynb #syall
+# %% ../../nbs/course/29_synthesize.ipynb #symost1
 MOST_DRAWS = 10 # for each question that is asked for
 
+# %% ../../nbs/course/29_synthesize.ipynb #syall
+def _draw_until(
+    batches:list[list],                     # of questions that were drawn already
+    number:int,                             # of different questions that are wanted
+    draw:Callable[[int], list],             # draws a batch by its number
+    keep:Callable[[list[list]], None],      # keeps what was drawn
+    progress:bool,                          # show a progress bar?
+) -> tuple[list[str], Counter]: # as `_sort_out` gives them
+    "Draw batches until there are enough different questions, or too many draws for them"
+    with tqdm(total=number, disable=not progress) as bar:
+        for batch in count(len(batches)):
+            found, counts = _sort_out(batches, number)
+            bar.update(len(found) - bar.n)
+            if len(found) == number or counts['drawn'] >= MOST_DRAWS*number: return found, counts
+            batches.append(draw(batch))
+            keep(batches)
+
+# %% ../../nbs/course/29_synthesize.ipynb #syfewer1
+def _check_found(
+    found:list[str],    # questions
+    counts:Counter,     # how many were drawn, and what became of them
+    number:int,         # of questions that were wanted
+    longest:int,        # tokens of a question
+    name:str,           # of the model
+):
+    "Raise `ValueError` for no question, and say where there are too few"
+    drawn = counts['drawn']
+    if not found:
+        raise ValueError(f'{name} wrote no question in {drawn:,} draws, of which {counts["unfinished"]:,} did not end '
+                         f'within {longest} tokens: allow longer ones (--longest), or write some yourself')
+    if len(found) < number:
+        warnings.warn(f'{len(found):,} different questions in {drawn:,} draws, where {number:,} were asked for')
+
+# %% ../../nbs/course/29_synthesize.ipynb #syallfn1
 @checked()
 def synthesize(
     decoder:Decoder,            # the old base model
@@ -163,28 +212,13 @@ def synthesize(
     "Let a specialist write what it could be asked (Magpie, arXiv 2406.08464); raises `ValueError` if it writes nothing"
     renderer = Renderer.of(decoder, prompts, adapter)
     ids, after = question_frame(renderer)
-    config, file = _sampling(decoder.tokenizer, after, renderer.ends, longest), None
+    config = _sampling(decoder.tokenizer, after, renderer.ends, longest)
     base = hash_tensors(decoder.model.state_dict().values()) if keep else ''
     held = [getattr(adapter, part) for part in ADAPTER_PARTS] if adapter else None
-    key = Hasher.hash((base, held, ids, after, seed, batch_size, config.to_dict()))
-    if keep:
-        folder = Path(os.path.expanduser(keep))
-        own_directory(folder)
-        file = folder/'drawn.json'
-    batches = _read_batches(file, key) if file else []
-    with adapter.on(decoder) if adapter else nullcontext(decoder.model) as model, \
-            tqdm(total=number, disable=not progress) as bar:
-        for batch in count(len(batches)):
-            found, counts = _sort_out(batches, number)
-            bar.update(len(found) - bar.n)
-            if len(found) == number or counts['drawn'] >= MOST_DRAWS*number: break
-            batches.append(_draw(model, decoder.tokenizer, ids, config, batch_size, seed*2**20 + batch))
-            if file: _write_batches(file, key, batches)
-    drawn = counts['drawn']
-    if not found:
-        if file: file.unlink()
-        raise ValueError(f'{decoder.name} wrote no question in {drawn:,} draws, of which {counts["unfinished"]:,} did '
-                         f'not end within {longest} tokens: allow longer ones (--longest), or write some yourself')
-    if len(found) < number:
-        warnings.warn(f'{len(found):,} different questions in {drawn:,} draws, where {number:,} were asked for')
+    batches, write = _kept_batches(keep, Hasher.hash((base, held, ids, after, seed, batch_size, config.to_dict())))
+    with adapter.on(decoder) if adapter else nullcontext(decoder.model) as model:
+        def draw(batch): return _draw(model, decoder.tokenizer, ids, config, batch_size, seed*2**20 + batch)
+        found, counts = _draw_until(batches, number, draw, write, progress)
+    if keep and not found: (Path(os.path.expanduser(keep))/_FILE).unlink()
+    _check_found(found, counts, number, longest, decoder.name)
     return [dict(instruction=text, input='') for text in found], dict(counts)
