@@ -21,6 +21,7 @@ from lorasuite.core.loading import load_model
 from lorasuite.core.model import Decoder
 from lorasuite.stages.alignment import align, Alignment
 from lorasuite.stages.cka import probe_texts
+from lorasuite.stages.drift import take_back_drift
 from lorasuite.stages.transfer import transfer, transfer_updates
 from lorasuite.training.evaluate import bits_per_byte
 from lorasuite.training.finetune import finetune
@@ -42,7 +43,7 @@ QUESTIONS = 60                              # to test on
 STRENGTH = .1                               # of a refit
 RANKS = (1, 8, 64)                          # of the drift, taken back
 STRENGTHS = (1.25, 1.5)                     # of the whole carried adapter
-ASKED, LEARNED, LONGER = 64, dict(lr=3e-4, batch_size=8), 60 # questions, training and steps of a refresh
+ASKED, LEARNED = 64, 8                       # questions of a refresh, and how many in a step
 BATCH = 10                                  # questions at a time
 
 # ---- the task of words
@@ -154,7 +155,7 @@ def drift_taken_back(carried:Adapter, before:Decoder, new:Decoder, rank:int) -> 
 class Case:
     "A drift and a task"
     def __init__(self, drift:str, task:str):
-        self.drift, self.task, self.place = drift, task, CACHE/'attribution'
+        self.drift, self.task, self.place, self.kept = drift, task, CACHE/'attribution', {}
         self.source, self.data = specialist(task), sums() if task == 'sums' else words()
         self.old, self.before, self.new = (load_model(path, **CPU) for path in (MODEL, LARGER, PLACE/drift))
         self.test = self.data['test'][:QUESTIONS]
@@ -185,13 +186,23 @@ class Case:
     def written(self) -> list[dict]:
         "Questions that the specialist writes itself"
         return synthesize(self.old, self.source, ASKED)[0]
-    def refreshed(self, which:str) -> Adapter:
-        "The carried adapter after a refresh on questions of a kind, perhaps a longer one"
-        kind, _, longer = which.partition(', ')
+    def asked(self, kind:str) -> list[dict]:
+        "Questions of a kind"
+        if kind == 'written': return self.written
         other = words if self.task == 'sums' else sums
-        asked = self.written if kind == 'written' else (self.data if kind == 'its own' else other())['train'][:ASKED]
-        taught = distillation_data(self.old, asked, self.source)
-        return refresh(self.new, taught, self.carried, steps=LONGER if longer else 20, **LEARNED)[0]
+        return (self.data if kind == 'its own' else other())['train'][:ASKED]
+    def found_drift(self, rank:int) -> Adapter:
+        "The carried adapter with a part of the drift taken back that the weights of both models tell"
+        return take_back_drift(self.carried, self.alignment, self.old, self.new, rank)
+    def refreshed(self, kind:str, steps:int=20, lr:float=3e-4, drift:bool=False) -> Adapter:
+        "The carried adapter after a refresh on questions of a kind, perhaps with the drift taken back before"
+        taught = distillation_data(self.old, self.asked(kind), self.source)
+        start = self.found_drift(BACK) if drift else self.carried
+        return refresh(self.new, taught, start, steps=steps, lr=lr, batch_size=LEARNED)[0]
+    def refreshed_once(self, part:str) -> Adapter:
+        "A refresh, kept for its price on text"
+        if part not in self.kept: self.kept[part] = self.refreshed(**REFRESHES[part])
+        return self.kept[part]
 
     def depth(self, path:str) -> int:
         "The part of the depth that a module belongs to, counted from 0"
@@ -205,9 +216,10 @@ class Case:
         if what == 'taken': return exchanged(self.trained, self.carried, self.chosen(part))
         if part == 'refit': return self.refitted
         if part == 'refit of the last layers': return exchanged(self.carried, self.refitted, self.chosen(LAST))
-        if part in REFRESHES: return self.refreshed(REFRESHES[part])
+        if part in REFRESHES: return self.refreshed_once(part)
         if part == 'scales': return rescaled(self.source, self.carried, self.alignment, self.old, self.new)
-        name, _, number = part.partition(' ')
+        name, _, number = part.rpartition(' ')
+        if name == 'found drift': return self.found_drift(int(number))
         if name == 'drift': return drift_taken_back(self.carried, self.before, self.new, int(number))
         if name == 'strength': return stronger(self.carried, float(number))
         return dict(base=lambda: None, carried=lambda: self.carried, trained=lambda: self.trained)[part]()
@@ -243,9 +255,16 @@ class Case:
         return dict(drift=self.drift, task=self.task, what='texts', part=part, bits=bits)
 
 LAST = f'depth {DEPTHS - 1}'
-REFRESHES = { # name: on questions of which kind
-    'refresh on other questions': 'other', 'refresh on written questions': 'written',
-    'longer refresh on written questions': 'written, longer', 'refresh on its own questions': 'its own'}
+BACK, SLOWER = 8, 1e-4                      # ranks of the drift before a refresh, and another learning rate of it
+OWN = { # name: how the carried adapter is refreshed on questions of the task
+    'refresh on its own questions': dict(kind='its own'),
+    'slower refresh on its own questions': dict(kind='its own', lr=SLOWER),
+    'refresh after the drift': dict(kind='its own', drift=True),
+    'slower refresh after the drift': dict(kind='its own', lr=SLOWER, drift=True)}
+REFRESHES = { # the same with those on other questions
+    'refresh on other questions': dict(kind='other'), 'refresh on written questions': dict(kind='written'),
+    'longer refresh on written questions': dict(kind='written', steps=60),
+    'written refresh after the drift': dict(kind='written', lr=SLOWER, drift=True), **OWN}
 
 def parts(roles:tuple[str, ...]) -> Iterator[tuple[str, str]]:
     "All that is measured of a case: its kind, and what it is"
@@ -255,9 +274,10 @@ def parts(roles:tuple[str, ...]) -> Iterator[tuple[str, str]]:
     yield from ((what, place) for what in ('put', 'taken') for place in places)
     drifts = [f'drift {rank}' for rank in RANKS]
     strengths = [f'strength {factor:g}' for factor in STRENGTHS]
-    mends = 'scales', 'refit', 'refit of the last layers', *drifts, *strengths, *REFRESHES
+    found = [f'found {drift}' for drift in drifts]
+    mends = 'scales', 'refit', 'refit of the last layers', *drifts, *found, *strengths, *REFRESHES
     yield from (('mended', part) for part in mends)
-    yield from (('texts', part) for part in ('before', 'base', 'carried', *drifts))
+    yield from (('texts', part) for part in ('before', 'base', 'carried', 'trained', *drifts, *found, *OWN))
 
 def main():
     say('SmolLM2-135M from its wheel, and an adapter for each task')

@@ -323,6 +323,9 @@ _Compact = Annotated[bool, typer.Option(
     '--compact', help='each module in its own rank: a smaller file for PEFT, which other programs may read wrongly')]
 _Plain = Annotated[Optional[int], typer.Option(
     min=1, help='write a DoRA as the nearest LoRA of this rank, for programs that do not read DoRA')]
+_DriftRank = Annotated[Optional[int], typer.Option(
+    min=1, help='between related models, without a question: let each module do again what the old one did, by so many '
+                'ranks more (8 is a good start; costs some of what the new base knows)')]
 _Questions = Annotated[Optional[str], typer.Option(
     '--inputs', help='questions of the task, as --data has them; answers in them are not read. The old specialist '
                      'answers, and the carried adapter learns from its answers')]
@@ -942,7 +945,7 @@ def upgrade_command(
     prompt:_Prompt=None, chat_template:_Templates=None, thinking:_Thinking=_KEEP,
     columns:_Columns=None, split:_Split='train', seed:_Seed=0, adapter_name:_Which=None,
     format:_Format='peft', dtype:_Dtype='base', max_rank:_MaxRank=None, compact:_Compact=False,
-    plain_rank:_Plain=None, yes:_Yes=False, json_:_Json=False,
+    plain_rank:_Plain=None, drift_rank:_DriftRank=None, yes:_Yes=False, json_:_Json=False,
 ):
     "Align and transfer, then refresh on questions or tune on labels. Interrupted, it resumes when started again."
     from lorasuite.core.ranks import check_writing
@@ -958,7 +961,7 @@ def upgrade_command(
     check_writing(new, format, dtype, compact, _as_carried(source, old, new, plain_rank))
     with _asking(yes):
         upgraded, run = upgrade(old, new, source, labelled, questions, _text_lines(texts), method, _show_progress(),
-                                prompts, plain_rank, _checkpoints(out), _say, **training)
+                                prompts, plain_rank, drift_rank, _checkpoints(out), _say, **training)
     made = _write(upgraded, out, format, dtype, max_rank, compact)
     if not run: _say(_how_to_measure(new, out))
     costs = _brought(upgraded) | _costs(run)

@@ -3,6 +3,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.model import Decoder
+from lorasuite.stages.drift import module_drifts
 
 def random_decoder(tokenizer, family='llama', hidden=64, layers=4, heads=4, kv_heads=2, intermediate=96, seed=0,
                    **config):
@@ -69,3 +70,7 @@ def effect_error(old, adapter, new, carried, ids=None, new_id=None):
 def whole(adapter):
     "All dense updates, one after another"
     return torch.cat([adapter.delta(p).flatten() for p in sorted(adapter.updates)])
+
+def largest_drift(carried, alignment, old, new):
+    "The largest drift of a module that an adapter updates, as a share of its weight"
+    return max((D.norm()/W.norm()).item() for _, D, W in module_drifts(carried, alignment, old, new))

@@ -2,7 +2,7 @@
 import warnings
 from functools import cache
 import pytest, torch
-from models import effect, effect_error, error, logits, random_adapter, random_decoder, tokens
+from models import effect, effect_error, error, largest_drift, logits, random_adapter, random_decoder, tokens
 from test_laws import enlarge
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.model import Decoder
@@ -100,7 +100,9 @@ def test_oracle(name, model, trained, grown):
     for maps, heads, neurons in zip(there.blocks, truth.heads, truth.neurons):
         assert maps.heads[heads].tolist() == list(range(d.heads))
         assert maps.neurons[neurons].tolist() == list(range(d.intermediate))
-    assert effect_error(d, adapter, new, transfer(adapter, there)) <= 1e-3
+    carried = transfer(adapter, there)
+    assert effect_error(d, adapter, new, carried) <= 1e-3
+    assert largest_drift(carried, there, d, new) <= 1e-3
     assert effect_error(d, adapter, new, refit(adapter, there, d, new, FEW)) <= 1e-3
     for role in d.roles:
         part = only(adapter, d, role)

@@ -5,9 +5,10 @@ from functools import cache
 import pytest, torch
 from mixers import (KINDS, effect, effect_error, expert_parameters, merged_by_hand, peft_updates, random_adapter,
                     random_updates, without_skipped)
-from models import error, random_decoder, tokens
+from models import error, largest_drift, random_decoder, tokens
 from torch import nn
 from lorasuite.core.adapter import Adapter
+from lorasuite.core.loading import load_model
 from lorasuite.core.model import Decoder, model_info
 from lorasuite.stages.alignment import align
 from lorasuite.stages.cka import probe_texts
@@ -71,10 +72,12 @@ def check_skipped(name, found, adapter):
 def test_every_update_is_carried_to_a_changed_model(name, pair, tokenizer, tmp_path):
     old, new, _ = pair(name)
     adapter = random_updates(old)
-    carried = transfer(adapter, align_saved(old, new, tokenizer, tmp_path))
+    alignment = align_saved(old, new, tokenizer, tmp_path)
+    carried = transfer(adapter, alignment)
     check_skipped(name, carried.skipped, adapter)
     kept = without_skipped(adapter, carried.skipped)
     assert effect_error(old, new, kept, carried, tokens()) <= 1e-3
+    assert largest_drift(carried, alignment, *map(load_model, (tmp_path/'old', tmp_path/'new'))) <= 1e-3
 
 @pytest.mark.parametrize('name', KINDS)
 def test_adapters_of_PEFT_are_read_carried_and_written(name, pair, tokenizer, tmp_path):

@@ -17,7 +17,7 @@ _RANK = (1, 65_536, True)
 _RANGES = dict( # setting: smallest value, largest value, must it be whole?
     lr=(0, 100, False), epochs=(0, 1e6, False), steps=(0, 10**9, True), warmup=(0, 10**9, True),
     batch_size=(1, 10**7, True), micro_batch=(1, 10**7, True), devices=(1, 10**5, True),
-    rank=_RANK, max_rank=_RANK, plain_rank=_RANK,
+    rank=_RANK, max_rank=_RANK, plain_rank=_RANK, drift_rank=_RANK,
     prune=(0, 65_536, False), target=(0, 65_536, False), seed=(0, 2**32 - 1, True), soft=(0, 1, False),
     budget=(0, 1e9, False), seconds=(0, 1e9, False),
     number=(1, 10**7, True), top=(1, 10**6, True), max_new_tokens=(1, 10**6, True), longest=(2, 10**6, True),

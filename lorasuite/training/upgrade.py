@@ -15,8 +15,9 @@ from ..core.adapter import Adapter
 from ..core.files import check_free
 from ..core.loading import load_model, load_skeleton
 from ..core.model import Decoder
-from ..stages.added_tokens import add_tokens, base_with_tokens, keep_template, take_tokens
+from ..stages.added_tokens import add_tokens, AddedTokens, base_with_tokens, keep_template, take_tokens
 from ..stages.alignment import align, Alignment
+from ..stages.drift import check_drift, take_back_drift
 from ..stages.pairing import check_base, naming_base
 from ..stages.transfer import check_plain, transfer
 from ..stages.whole_weights import weights_to_updates
@@ -113,6 +114,33 @@ def _refresh_options(
     needed = 'inputs: give questions' if {*idle} & {*_OF_REFRESH} else 'data or inputs: give some'
     if idle: raise ValueError(f'{", ".join(idle)} cannot apply without {needed}, or leave it out')
 
+# %% ../../nbs/reference/upgrade.ipynb #upgcarry2
+def _check_ranks(
+    adapter:Adapter,        # to be carried
+    method:str,             # of the alignment
+    plain_rank:int|None,    # as `upgrade` takes it
+    drift_rank:int|None,    # as `upgrade` takes it
+):
+    "Raise `ValueError` for ranks that the adapter or the method does not allow"
+    if plain_rank is not None: check_plain(adapter, plain_rank)
+    if drift_rank is not None: check_drift(replace(adapter, magnitudes={}) if plain_rank else adapter, method)
+
+# %% ../../nbs/reference/upgrade.ipynb #upgcarry4
+def _carry(
+    adapter:Adapter,                # of the old model
+    tokens:AddedTokens|None,        # that it adds
+    alignment:Alignment,            # of the old model with the new
+    old:str|os.PathLike|Decoder,    # the old model
+    new:str|os.PathLike|Decoder,    # the new model
+    plain_rank:int|None,            # as `transfer` takes it
+    drift_rank:int|None,            # ranks of the drift to take back
+    progress:bool,                  # show a progress bar?
+) -> Adapter: # of the new model
+    "Transfer an adapter with its tokens, and take back a part of the drift if that is asked for"
+    carried = keep_template(transfer(adapter, alignment, plain_rank), adapter, new)
+    if drift_rank: carried = take_back_drift(carried, alignment, old, new, drift_rank, progress)
+    return add_tokens(carried, tokens, alignment, new) if tokens else carried
+
 # %% ../../nbs/reference/upgrade.ipynb #4e9167ba
 @checked()
 def upgrade(
@@ -126,6 +154,7 @@ def upgrade(
     progress:bool=False,                # show progress bars?
     prompts:Prompts|tuple|None=None,    # how both models are asked, or a pair; by default as each is made for
     plain_rank:int|None=None,           # as `transfer` takes it
+    drift_rank:int|None=None,           # ranks of the drift to take back, as `take_back_drift` takes them
     checkpoints:str|os.PathLike|None=None, # where an interrupted run is resumed
     say:Callable[[str], None]=lambda line: None, # is told how a refresh goes
     **kwargs,                           # for `RefreshOptions`, or without `inputs` for `finetune`: `steps`, `lr`, …
@@ -133,7 +162,7 @@ def upgrade(
     "Align and transfer, then refresh on questions or tune on labels; raises what these raise (LoRASuite, section 3)"
     fallback = old.name if isinstance(old, Decoder) else old
     specialist = adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, fallback=fallback)
-    if plain_rank is not None: check_plain(adapter, plain_rank)
+    _check_ranks(adapter, method, plain_rank, drift_rank)
     options = _refresh_options(inputs, data, prompts, kwargs)
     if checkpoints: check_free(Path(checkpoints))
     if checkpoints: check_settings(checkpoints, kwargs)
@@ -142,11 +171,10 @@ def upgrade(
     check_base(adapter, old, to_carry=True, new=new)
     if adapter.weights: adapter = weights_to_updates(adapter, load_model(old))
     alignment = align(old, new, texts, method, progress=progress)
-    upgraded = keep_template(transfer(adapter, alignment, plain_rank), adapter, new)
-    if tokens: upgraded = add_tokens(upgraded, tokens, alignment, new)
+    upgraded = _carry(adapter, tokens, alignment, old, new, plain_rank, drift_rank, progress)
     if not (data or inputs): return upgraded, Run()
     brought = tokens and hash_tensors([*tokens.rows.values(), *tokens.changes.values()])
-    origin = _origin(adapter, alignment, texts, brought, plain_rank)
+    origin = _origin(adapter, alignment, texts, brought, plain_rank, drift_rank)
     shared = dict(checkpoints=checkpoints and Path(checkpoints), progress=progress)
     if options:
         for side, form in asked.items(): say(f'prompt of the {side} model: {form}')

@@ -1,0 +1,93 @@
+"""Drift that is taken back; that an enlargement has none is tested with the laws"""
+from copy import deepcopy
+from dataclasses import replace
+import pytest, torch
+from models import error, logits, only, random_adapter, random_decoder, tokens
+from typer.testing import CliRunner
+from lorasuite.cli import app
+from lorasuite.core.adapter import Adapter
+from lorasuite.core.loading import load_model
+from lorasuite.core.model import Decoder
+from lorasuite.stages.alignment import align
+from lorasuite.stages.dora import best_lora
+from lorasuite.stages.drift import check_drift, column_space, take_back_drift
+from lorasuite.stages.transfer import transfer
+from lorasuite.training.evaluate import evaluate
+from lorasuite.training.examples import load_data
+from lorasuite.training.finetune import init_adapter
+from lorasuite.training.upgrade import upgrade
+
+DRIFTED = ('self_attn.v_proj', 'mlp.gate_proj', 'mlp.down_proj', 'mlp.dense_4h_to_h') # of two families
+
+def drifted(decoder, rank, size=.01):
+    "The same model, some of whose weights have changed by a product of a rank"
+    model, g = deepcopy(decoder.model), torch.Generator().manual_seed(3)
+    for name, W in model.named_parameters():
+        if not name.removesuffix('.weight').endswith(DRIFTED): continue
+        change = torch.randn(len(W), rank, generator=g)@torch.randn(rank, W.shape[1], generator=g)
+        W.data += size*W.data.norm()/change.norm()*change
+    return Decoder(model, decoder.tokenizer, 'random/drifted')
+
+@pytest.mark.parametrize('family', ['llama', 'gemma2', 'gpt_neox'])
+def test_a_drift_of_low_rank_is_taken_back_whole(family, tokenizer):
+    old = random_decoder(tokenizer, family, layers=2)
+    adapter = random_adapter(init_adapter(old, 4))
+    new, maps = drifted(old, 2), align(old, old)
+    carried, true = transfer(adapter, maps), logits(old, tokens(), adapter)
+    def left(adapter): return error(logits(new, tokens(), adapter), true)
+    few, whole = (take_back_drift(carried, maps, old, new, rank) for rank in (1, 2))
+    assert left(whole) <= 1e-3 < left(few) < left(carried) and left(carried) > .005
+
+def test_only_what_the_adapter_updates_is_taken_back(decoder, adapter):
+    new, maps = drifted(decoder, 2), align(decoder, decoder)
+    part = only(adapter, 'v_proj')
+    mended = take_back_drift(transfer(part, maps), maps, decoder, new, 2)
+    assert mended.updates.keys() == part.updates.keys()
+    assert ranks(mended) == {4 + 2}
+    assert '2 ranks of each module are taken back (100% of ‖drift‖²)' in take_back_drift(
+        replace(transfer(part, maps), card='x\n'), maps, decoder, new, 2).card
+
+def test_a_rank_beyond_the_module_is_cut(decoder, adapter):
+    maps = align(decoder, decoder)
+    mended = take_back_drift(transfer(adapter, maps), maps, decoder, drifted(decoder, 2), 500)
+    for path, (A, B) in mended.updates.items():
+        assert len(A) == 4 + min(len(B), A.shape[1]), path
+
+def test_column_space_of_dependent_columns():
+    g = torch.Generator().manual_seed(0)
+    M = torch.randn(9, 3, generator=g).double()@torch.randn(3, 5, generator=g).double()
+    Q = column_space(M)
+    assert Q.shape == (9, 3) and error(Q@Q.T@M, M) < 1e-9
+
+def test_refusals(decoder, adapter, tmp_path):
+    maps = align(decoder, decoder)
+    dora = replace(adapter, magnitudes={p: torch.ones(len(B)) for p, (_, B) in adapter.updates.items()})
+    with pytest.raises(ValueError, match='carry it as a plain LoRA'): take_back_drift(dora, maps, decoder, decoder)
+    with pytest.raises(ValueError, match='by the method exact, not by paper'): check_drift(adapter, 'paper')
+    head = Adapter({'lm_head': best_lora(torch.ones(512, 64), 2)}, decoder.name, decoder.layers)
+    with pytest.raises(ValueError, match='updates no module of a block'): take_back_drift(head, maps, decoder, decoder)
+    for wrong in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f'drift_rank={wrong}'):
+            upgrade('zoo/old', 'zoo/new', 'zoo/adapter', drift_rank=wrong)
+    with pytest.raises(ValueError, match='not by paper'):
+        upgrade('zoo/old', 'zoo/new', 'zoo/adapter', method='paper', drift_rank=8)
+
+def test_it_is_worth_something_on_a_successor():
+    new, test = load_model('zoo/new-far'), load_data('zoo/test.jsonl')[:160]
+    scores = {rank: evaluate(new, test, upgrade('zoo/old', new, 'zoo/adapter', drift_rank=rank)[0])
+              for rank in (None, 8)}
+    assert scores[8].accuracy > scores[None].accuracy + .02
+
+UPGRADE = 'upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter'
+
+def ranks(adapter): return {len(A) for A, _ in adapter.updates.values()}
+
+def test_the_command(tmp_path):
+    done = CliRunner().invoke(app, [*UPGRADE, '--drift-rank', '4', '-o', str(tmp_path/'out')])
+    assert done.exit_code == 0 and '4 ranks of each module are taken back' in done.stdout
+    made, before = (ranks(Adapter.load(place)) for place in (tmp_path/'out', 'zoo/adapter'))
+    assert made == before | {rank + 4 for rank in before} # a new layer without a partner keeps its untrained update
+    assert 'taken back' in (tmp_path/'out'/'README.md').read_text(encoding='utf-8')
+    for wrong, words in (('0', 'greater than or equal to 1'), ('4 --method paper', 'not by paper')):
+        done = CliRunner().invoke(app, [*UPGRADE, '--drift-rank', *wrong.split(), '-o', str(tmp_path/'no')])
+        assert done.exit_code == 2 and words in done.stderr and not (tmp_path/'no').exists()
