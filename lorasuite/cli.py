@@ -786,7 +786,7 @@ def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, dat
     begin = time.perf_counter()
     taught, beside = _taught(old, specialist, questions, lessons, **shared)
     spent = time.perf_counter() - begin
-    _say(f'{len(taught):,} lessons after {spent:.0f} s')
+    _say(f'{len(taught):,} lessons from {len(questions):,} questions after {spent:.0f} s')
     student = with_tokens(load_model(new), first)
     refreshed, run = learn_lessons(
         student, taught, replace(specialist, base=old), first, labelled, say=_say, spent=spent, **shared)
@@ -936,6 +936,16 @@ def synthesize_command(
     facts = [f'such as: {e["instruction"]!r:.100}' for e in questions[:5]]
     return dict(out=str(out), prompt=str(renderer), questions=len(questions)) | counts | dict(facts=facts)
 
+# %% ../nbs/reference/cli.ipynb #driftchk
+def _check_drift_rank(source, drift_rank:int|None, max_rank:int|None, plain_rank:int|None):
+    "Raise `ValueError` where a cut would take the skill and leave the drift"
+    from lorasuite.core.ranks import largest_rank
+    if not (drift_rank and max_rank): return
+    needed = drift_rank + (plain_rank or largest_rank(source))
+    if max_rank < needed:
+        raise ValueError(f'--max-rank {max_rank} would cut the adapter to keep the drift, whose ranks are larger: give '
+                         f'--max-rank {needed} or more, or a smaller --drift-rank')
+
 # %% ../nbs/reference/cli.ipynb #955ad175
 @_command
 def upgrade_command(
@@ -959,6 +969,7 @@ def upgrade_command(
     labelled, questions = _examples(data, columns, split), _examples(inputs, columns, split, labelled=False)
     source = _load_adapter(adapter, adapter_name, old)
     check_writing(new, format, dtype, compact, _as_carried(source, old, new, plain_rank))
+    _check_drift_rank(source, drift_rank, max_rank, plain_rank)
     with _asking(yes):
         upgraded, run = upgrade(old, new, source, labelled, questions, _text_lines(texts), method, _show_progress(),
                                 prompts, plain_rank, drift_rank, _checkpoints(out), _say, **training)

@@ -123,7 +123,7 @@ def test_an_upgrade_within_a_budget(work, hundred):
                '-o', work/'in-time', '--json')
     assert done.exit_code == 0 and json.loads(done.stdout)['steps'] >= 8, done.output
     lines = done.stderr.splitlines()
-    assert any(line.startswith('100 lessons after ') for line in lines)
+    assert any(line.startswith('100 lessons from 100 questions after ') for line in lines)
     assert any(re.match(r'after 8 steps, \d+ s: chance of the old answers ', line) for line in lines)
     assert lines[-1].endswith('the last round') and 'lessons kept aside' in (work/'in-time'/'README.md').read_text()
     refresh = ('refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', hundred)

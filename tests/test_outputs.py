@@ -91,7 +91,7 @@ def test_the_disk_fills_up(commands, tmp_path, monkeypatch, command, beyond):
     table = cka_table(load_model('zoo/old'), load_model('zoo/new')) # its temporary files lie on another disk
     monkeypatch.setattr('lorasuite.stages.alignment.cka_table', lambda *args, **kwargs: table)
     with disk_full(beyond): result = run(commands[command], tmp_path/'out')
-    usual = (' examples, read from ', ' lessons after ')
+    usual = (' examples, read from ', ' lessons from ')
     told = [line for line in result.stderr.splitlines() if not any(words in line for words in usual)]
     assert result.exit_code == 2 and len(told) == 1
     assert f'cannot write {tmp_path}/' in result.stderr and 'make room' in result.stderr
@@ -101,7 +101,7 @@ def test_the_disk_fills_up(commands, tmp_path, monkeypatch, command, beyond):
 @pytest.mark.parametrize('command', ['align', 'upgrade'])
 def test_the_disk_of_temporary_files_fills_up(commands, tmp_path, command):
     with disk_full(100_000): result = run(commands[command], tmp_path/'out')
-    usual = (' examples, read from ', ' lessons after ')
+    usual = (' examples, read from ', ' lessons from ')
     told = [line for line in result.stderr.splitlines() if not any(words in line for words in usual)]
     assert result.exit_code == 2 and len(told) == 1 and not [*tmp_path.iterdir()]
     assert 'cannot write ' in result.stderr and 'or set TMPDIR to a directory with room' in result.stderr

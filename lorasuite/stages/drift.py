@@ -6,7 +6,7 @@
 __all__ = ['column_space', 'role_drift', 'module_drifts', 'check_drift', 'take_back_drift']
 
 # %% ../../nbs/course/30_drift.ipynb #drimports
-import math, os
+import math, os, warnings
 from collections.abc import Iterator
 from dataclasses import replace
 import torch
@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from ..core.adapter import Adapter, update_energy
 from ..core.block import Block, read_block
 from ..core.loading import load_model
-from ..core.model import Decoder
+from ..core.model import Decoder, model_info, ModelInfo
 from ..core.settings import checked
 from .alignment import Alignment, Pair
 from .block_maps import inverse_gain
 from .dora import best_lora
-from .transfer import group_by_module, in_float32, split_by_role, transfer_inputs, transfer_outputs
+from .transfer import in_float32, split_by_role, transfer_inputs, transfer_outputs, unit_map
 
 # %% ../../nbs/course/30_drift.ipynb #drwhole
 def _mapped_whole(
@@ -67,30 +67,46 @@ def _carry_weight(
     W = W@pair.read if reads == 'stream' else transfer_inputs({role: W}, pair)[role]
     return pair.write@W if writes == 'stream' else transfer_outputs({role: W}, pair)[role]
 
+# %% ../../nbs/course/30_drift.ipynb #drpartner
+def _has_partner(
+    role:str,   # of the old block, of which one side is mapped unit by unit
+    side:str,   # `in` or `out`
+    pair:Pair,  # of blocks
+    size:int,   # of that side in the new model
+) -> Tensor: # (size,)
+    "Which places of a side belong to heads, neurons or other units that have a partner"
+    space = pair.old.spaces[role][side == 'out']
+    if space in ('heads', 'kv_heads'):
+        has = pair.maps.heads >= 0
+        if space == 'kv_heads': has = has.view(pair.new.kv_heads, -1).any(1)
+        return has.repeat_interleave(size//len(has))
+    return unit_map(role, side, pair)[0] >= 0
+
 # %% ../../nbs/course/30_drift.ipynb #drknown
 def _space_of(
     role:str,   # of the old block, of which one side is mapped as a whole
     side:int,   # 0 for what it writes, 1 for what it reads
     pair:Pair,  # of blocks
+    stream:tuple[Tensor, Tensor], # bases of what the old stream spans in the new one, for writers and for readers
 ) -> Tensor: # (n', rank) orthonormal
     "The part of a space of the new model that the old model spans"
-    if pair.old.spaces[role][1 - side] == 'stream': return column_space(pair.read.T if side else pair.write)
+    if pair.old.spaces[role][1 - side] == 'stream': return stream[side]
     unit = {role: torch.eye(pair.old.shapes[role][side]).to(pair.read)}
     return column_space(transfer_inputs(unit, pair)[role].T if side else transfer_outputs(unit, pair)[role])
 
 def _known_part(
-    W2:Tensor,      # (out', in') a weight of the new model
-    carried:Tensor, # (out', in') its partner of the old model, carried
-    role:str,       # of the old block
-    pair:Pair,      # of blocks
+    W2:Tensor,  # (out', in') a weight of the new model
+    role:str,   # of the old block
+    pair:Pair,  # of blocks
+    stream:tuple[Tensor, Tensor], # as `_space_of` takes them
 ) -> Tensor: # (out', in')
     "What a new weight does between what the old model knows: partners, and the part of a space that it spans"
     if _mapped_whole(role, 'in', pair):
-        Q = _space_of(role, 1, pair)
+        Q = _space_of(role, 1, pair, stream)
         W2 = W2@Q@Q.T
-    else: W2 = W2*carried.any(0)
-    if not _mapped_whole(role, 'out', pair): return W2*carried.any(1)[:, None]
-    Q = _space_of(role, 0, pair)
+    else: W2 = W2*_has_partner(role, 'in', pair, W2.shape[1])
+    if not _mapped_whole(role, 'out', pair): return W2*_has_partner(role, 'out', pair, len(W2))[:, None]
+    Q = _space_of(role, 0, pair, stream)
     return Q@(Q.T@W2)
 
 # %% ../../nbs/course/30_drift.ipynb #drrole
@@ -100,15 +116,43 @@ def role_drift(
     pair:Pair,      # of blocks
     old:Block,      # the old block
     new:Block,      # the new block
+    stream:tuple[Tensor, Tensor]|None=None, # bases of what the old stream spans in the new one, where they are known
 ) -> tuple[Tensor, Tensor]: # (out', in') what the new weight lacks to do what the old one did; the new weight
     "The drift of a role, with the opposite sign, and its new weight, both between the norms"
     role2 = pair.place(role)[0]
     W = _between_norms(old.stored(role).to(pair.read), role, old)
     W2 = _between_norms(new.stored(role2).to(pair.read), role2, new)
-    carried = _carry_weight(W, role, pair)
-    return carried - _known_part(W2, carried, role, pair), W2
+    stream = stream or (column_space(pair.write), column_space(pair.read.T))
+    return _carry_weight(W, role, pair) - _known_part(W2, role, pair, stream), W2
 
 # %% ../../nbs/course/30_drift.ipynb #drdrifts
+def _updated_modules(
+    adapter:Adapter,    # of the new model
+    pair:Pair,          # of blocks
+    new:ModelInfo,      # the new model
+) -> dict[str, dict[str, list[int]]]: # module of the new block: old role: its outputs in the module
+    "The modules of a block that an adapter updates, with the roles in them that have a partner"
+    layer, found = pair.layers[1], {}
+    held = {place for place, (_, B) in split_by_role(adapter, new)[0].items() if B.any()}
+    for role in pair.old.modules:
+        role2 = pair.place(role)[0]
+        if (layer, role2) not in held: continue
+        module = pair.new.modules[role2]
+        found.setdefault(module, {})[role] = pair.new.fused_rows(module)[role2]
+    return found
+
+# %% ../../nbs/course/30_drift.ipynb #drrows
+def _in_rows(
+    rows:list[list[int]],   # outputs of each role in a module
+    parts:tuple[Tensor, ...], # (out', in') of each role
+    outputs:int,            # of the module
+) -> Tensor: # (outputs, in')
+    "Matrices of roles in the rows of their module; zero where there is no role"
+    found = parts[0].new_zeros(outputs, parts[0].shape[1])
+    for own, part in zip(rows, parts): found[own] = part
+    return found
+
+# %% ../../nbs/course/30_drift.ipynb #drdrifts2
 @checked()
 def module_drifts(
     adapter:Adapter,        # of the new model
@@ -116,16 +160,18 @@ def module_drifts(
     old:Decoder,            # the old model
     new:Decoder,            # the new model
     progress:bool=False,    # show a progress bar?
-) -> Iterator[tuple[tuple[int, str, Block], Tensor, Tensor]]: # layer, role and block of the new model; drift; weight
-    "The drift of each role that an adapter updates and that has a partner"
-    held = split_by_role(adapter, alignment.new)[0]
-    for pair in tqdm(alignment.pairs, 'drift', disable=not progress):
-        places = {role: (pair.layers[1], pair.place(role)[0]) for role in pair.old.modules}
-        places = {role: place for role, place in places.items() if place in held}
-        block, block2 = read_block(old, pair.layers[0]), read_block(new, pair.layers[1])
-        for role, place in places.items():
-            D, W2 = role_drift(role, pair, block, block2)
-            yield (*place, block2), D, W2
+) -> Iterator[tuple[tuple[str, str, Block], Tensor, Tensor]]: # path, a role and its block; drift; weight
+    "The drift of each module that an adapter updates and that has a partner, between the norms"
+    pairs = alignment.pairs
+    stream = column_space(pairs[0].write), column_space(pairs[0].read.T)
+    for pair in tqdm(pairs, 'drift', disable=not progress):
+        layer2 = pair.layers[1]
+        block, block2 = read_block(old, pair.layers[0]), read_block(new, layer2)
+        for module, roles in _updated_modules(adapter, pair, alignment.new).items():
+            outputs = sum(map(len, pair.new.fused_rows(module).values()))
+            parts = [role_drift(role, pair, block, block2, stream) for role in roles]
+            drift, weight = (_in_rows([*roles.values()], some, outputs) for some in zip(*parts))
+            yield (f'{alignment.new.stack}.{layer2}.{module}', pair.place(next(iter(roles)))[0], block2), drift, weight
 
 # %% ../../nbs/course/30_drift.ipynb #drunfold
 def _behind_norms(
@@ -134,14 +180,11 @@ def _behind_norms(
     role:str,       # of a block
     block:Block,    # the block
 ) -> tuple[Tensor, Tensor]: # (rank, in), (out, rank)
-    "Factors of what a module lacks between the norms, as factors of an update; to an offset they add nothing"
+    "Factors of what a module lacks between the norms, as factors of an update"
     reads, writes = block.found.spaces[role]
+    if reads == 'stream': A = A*inverse_gain(block.before[role].gain).to(A)
     if writes == 'stream': B = inverse_gain(block.behind[role])[:, None].to(B)*B
-    if reads != 'stream': return A, B
-    w, offset = inverse_gain(block.before[role].gain).to(A), block.before[role].offset.to(A)
-    A, c = A*w, w@offset
-    if c.abs() <= 1e-3*w.norm()*offset.norm(): return A, B # no offset, or none that can be used
-    return A - torch.outer(A@offset, w)/c, B
+    return A, B
 
 # %% ../../nbs/course/30_drift.ipynb #drline
 def _drift_line(
@@ -151,21 +194,63 @@ def _drift_line(
     weights:float,  # of the weights
 ) -> str:
     "What a model card says of it"
-    size, share = math.sqrt(drift/weights), kept/max(drift, 1e-30)
+    if not kept: return 'no drift of the updated modules was found'
+    size, share = math.sqrt(drift/weights), kept/drift
     return (f'drift of the updated modules: {size:.2%} of the size of their weights, of which {rank} ranks of each '
             f'module are taken back ({share:.0%} of ‖drift‖²)')
 
 # %% ../../nbs/course/30_drift.ipynb #drcheck
 @checked()
 def check_drift(
-    adapter:Adapter,    # whose base drifted
-    method:str,         # of the alignment
+    adapter:Adapter,            # of the old model
+    method:str,                 # of the alignment
+    old:ModelInfo|None=None,    # the old model, where it is known
 ):
-    "Raise `ValueError` where no drift can be taken back: for a DoRA, and by the published maps"
+    "Raise `ValueError` where no drift can be taken back: for a DoRA, by the published maps, outside of blocks"
     if method != 'exact': raise ValueError(f'the drift can be found by the method exact, not by {method}')
     if adapter.magnitudes:
         raise ValueError('the drift cannot be taken back in a DoRA, whose magnitudes belong to the weights of its base: '
                          'carry it as a plain LoRA (plain_rank, --plain-rank)')
+    if old and not split_by_role(adapter.named_for(old), old)[0]: raise _nothing_drifts()
+
+def _nothing_drifts() -> ValueError:
+    "The error for an adapter in which no drift can be taken back"
+    return ValueError('the adapter updates no module of a block that has a partner, so that no drift can be taken back: '
+                      'leave drift_rank (--drift-rank) out')
+
+# %% ../../nbs/course/30_drift.ipynb #drjoin
+_NONE = 1e-6 # of the size of a weight: less is rounding
+
+def _joined(
+    update:tuple[Tensor, Tensor],   # A (rank, in), B (out, rank)
+    more:tuple[Tensor, Tensor],     # of another rank
+) -> tuple[Tensor, Tensor]: # of both ranks together
+    "The sum of two updates of a module"
+    return torch.cat([update[0], more[0].to(update[0])]), torch.cat([update[1], more[1].to(update[1])], 1)
+
+# %% ../../nbs/course/30_drift.ipynb #drsame
+def _check_models(
+    alignment:Alignment,    # of two models
+    old:Decoder,            # the old model
+    new:Decoder,            # the new model
+):
+    "Raise `ValueError` unless these models are built like those that were aligned; warn of other names"
+    for decoder, info in ((old, alignment.old), (new, alignment.new)):
+        if model_info(decoder).blocks != info.blocks:
+            raise ValueError(f'{decoder.name} is not built like {info.name}, which was aligned: give the models of the '
+                             'alignment, the old one first')
+        if str(decoder.name) != str(info.name): warnings.warn(f'{info.name} was aligned, and {decoder.name} is given')
+
+# %% ../../nbs/course/30_drift.ipynb #drlarge
+_LARGE = .5 # of the size of the weights
+
+def _warn_of_size(
+    size:float, # of the drift, as a share of the size of the weights
+):
+    "Warn where the models look unrelated"
+    if size > _LARGE:
+        warnings.warn(f'the modules of the two models differ by {size:.0%} of their size, as those of unrelated models: '
+                      'what is taken back does harm there; leave drift_rank (--drift-rank) out')
 
 # %% ../../nbs/course/30_drift.ipynb #drtake
 @checked()
@@ -179,18 +264,17 @@ def take_back_drift(
 ) -> Adapter: # of `rank` more ranks
     "Let each module that an adapter updates do again what the old one did, by a few ranks; raises as `check_drift`"
     check_drift(adapter, alignment.method)
-    found, kept, drift, weights = {}, 0., 0., 0.
     old, new = load_model(old, lazy=True), load_model(new, lazy=True)
-    for (layer, role, block), D, W2 in module_drifts(adapter, alignment, old, new, progress):
-        A, B = best_lora(D, min(rank, *D.shape))
-        found[layer, role] = _behind_norms(A, B, role, block)
-        kept += update_energy(A, B)
+    _check_models(alignment, old, new)
+    updates, kept, drift, weights = {**adapter.updates}, 0., 0., 0.
+    for (path, role, block), D, W2 in module_drifts(adapter, alignment, old, new, progress):
         drift += D.square().sum().item()
         weights += W2.square().sum().item()
-    if not found: raise ValueError('the adapter updates no module of a block that has a partner, so that there is no '
-                                   'drift to take back: leave it out')
+        if D.norm() <= _NONE*W2.norm(): continue
+        A, B = best_lora(D, min(rank, *D.shape))
+        kept += update_energy(A, B)
+        updates |= in_float32({path: _joined(adapter.updates[path], _behind_norms(A, B, role, block))})
+    if not weights: raise _nothing_drifts()
+    _warn_of_size(math.sqrt(drift/weights))
     line = _drift_line(rank, kept, drift, weights)
-    added = in_float32(group_by_module(found, alignment.new))
-    updates = {path: (torch.cat([A, added[path][0]]), torch.cat([B, added[path][1]], 1)) if path in added else (A, B)
-               for path, (A, B) in adapter.updates.items()}
     return replace(adapter, updates=updates, card=adapter.card and f'{adapter.card}- {line}\n')

@@ -89,7 +89,8 @@ def _round_line(
 ) -> str:
     "What a round has brought, and what comes"
     before, now = marks[-2:]
-    comes = 'the last round' if ended else f'next: {length} steps, about {length*now["taken"]/now["step"]:.0f} s'
+    following = f'next: {length} step{"s"*(length > 1)}, about {length*now["taken"]/now["step"]:.0f} s'
+    comes = 'the last round' if ended else following
     return (f'after {now["step"]} steps, {now["taken"]:.0f} s: chance of the old answers '
             f'{before["chance"]:.1%} → {now["chance"]:.1%}; {comes}')
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from ..core.adapter import Adapter
 from ..core.files import check_free
 from ..core.loading import load_model, load_skeleton
-from ..core.model import Decoder
+from ..core.model import Decoder, model_info
 from ..stages.added_tokens import add_tokens, AddedTokens, base_with_tokens, keep_template, take_tokens
 from ..stages.alignment import align, Alignment
 from ..stages.drift import check_drift, take_back_drift
@@ -91,7 +91,7 @@ def _refresh_carried(
     begin = time.perf_counter()
     taught = _ask_specialist(old, specialist, inputs, options, checkpoints, progress)
     spent = time.perf_counter() - begin
-    say(f'{len(taught):,} lessons after {spent:.0f} s')
+    say(f'{len(taught):,} lessons from {len(inputs):,} questions after {spent:.0f} s')
     teacher = replace(specialist, base=old.name if isinstance(old, Decoder) else str(old))
     return learn_lessons(base_with_tokens(new, carried), taught, teacher, carried, data, options, checkpoints, progress,
                          say, spent, origin)
@@ -117,13 +117,16 @@ def _refresh_options(
 # %% ../../nbs/reference/upgrade.ipynb #upgcarry2
 def _check_ranks(
     adapter:Adapter,        # to be carried
+    old:str|os.PathLike|Decoder, # its model
     method:str,             # of the alignment
     plain_rank:int|None,    # as `upgrade` takes it
     drift_rank:int|None,    # as `upgrade` takes it
 ):
     "Raise `ValueError` for ranks that the adapter or the method does not allow"
     if plain_rank is not None: check_plain(adapter, plain_rank)
-    if drift_rank is not None: check_drift(replace(adapter, magnitudes={}) if plain_rank else adapter, method)
+    if drift_rank is None: return
+    plain = replace(adapter, magnitudes={}) if plain_rank else adapter
+    check_drift(plain, method, model_info(old if isinstance(old, Decoder) else load_skeleton(old)))
 
 # %% ../../nbs/reference/upgrade.ipynb #upgcarry4
 def _carry(
@@ -162,13 +165,13 @@ def upgrade(
     "Align and transfer, then refresh on questions or tune on labels; raises what these raise (LoRASuite, section 3)"
     fallback = old.name if isinstance(old, Decoder) else old
     specialist = adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, fallback=fallback)
-    _check_ranks(adapter, method, plain_rank, drift_rank)
     options = _refresh_options(inputs, data, prompts, kwargs)
     if checkpoints: check_free(Path(checkpoints))
     if checkpoints: check_settings(checkpoints, kwargs)
     asked = check_prompts(old, new, data or [], inputs or [], prompts, adapter)
     with naming_base(adapter, old, new): adapter, tokens = take_tokens(adapter, old, new)
     check_base(adapter, old, to_carry=True, new=new)
+    _check_ranks(adapter, old, method, plain_rank, drift_rank)
     if adapter.weights: adapter = weights_to_updates(adapter, load_model(old))
     alignment = align(old, new, texts, method, progress=progress)
     upgraded = _carry(adapter, tokens, alignment, old, new, plain_rank, drift_rank, progress)
