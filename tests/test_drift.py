@@ -134,6 +134,7 @@ def test_the_command(tmp_path):
     made, before = (ranks(Adapter.load(place)) for place in (tmp_path/'out', 'zoo/adapter'))
     assert made == before | {rank + 4 for rank in before} # a new layer without a partner keeps its untrained update
     assert 'taken back' in (tmp_path/'out'/'README.md').read_text(encoding='utf-8')
-    for wrong, words in (('4 --max-rank 8', 'give --max-rank 20 or more'), ('0', 'greater than or equal to 1'), ('4 --method paper', 'not by paper')):
+    cut = '4 --max-rank 8', 'give --max-rank 20 or more'
+    for wrong, words in (cut, ('0', 'greater than or equal to 1'), ('4 --method paper', 'not by paper')):
         done = CliRunner().invoke(app, [*UPGRADE, '--drift-rank', *wrong.split(), '-o', str(tmp_path/'no')])
         assert done.exit_code == 2 and words in done.stderr and not (tmp_path/'no').exists()
