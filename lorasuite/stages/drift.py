@@ -94,6 +94,7 @@ def _space_of(
     unit = {role: torch.eye(pair.old.shapes[role][side]).to(pair.read)}
     return column_space(transfer_inputs(unit, pair)[role].T if side else transfer_outputs(unit, pair)[role])
 
+# %% ../../nbs/course/30_drift.ipynb #drknown2
 def _known_part(
     W2:Tensor,  # (out', in') a weight of the new model
     role:str,   # of the old block
@@ -200,6 +201,12 @@ def _drift_line(
             f'module are taken back ({share:.0%} of ‖drift‖²)')
 
 # %% ../../nbs/course/30_drift.ipynb #drcheck
+def _nothing_drifts() -> ValueError:
+    "The error for an adapter in which no drift can be taken back"
+    return ValueError('the adapter updates no module of a block that has a partner, so no drift can be taken back: '
+                      'leave drift_rank (--drift-rank) out')
+
+# %% ../../nbs/course/30_drift.ipynb #drcheck2
 @checked()
 def check_drift(
     adapter:Adapter,            # of the old model
@@ -212,11 +219,6 @@ def check_drift(
         raise ValueError('the drift cannot be taken back in a DoRA, whose magnitudes are those of the weights: '
                          'carry it as a plain LoRA (plain_rank, --plain-rank)')
     if old and not split_by_role(adapter.named_for(old), old)[0]: raise _nothing_drifts()
-
-def _nothing_drifts() -> ValueError:
-    "The error for an adapter in which no drift can be taken back"
-    return ValueError('the adapter updates no module of a block that has a partner, so no drift can be taken back: '
-                      'leave drift_rank (--drift-rank) out')
 
 # %% ../../nbs/course/30_drift.ipynb #drjoin
 _NONE = 1e-6 # of the size of a weight: less is rounding
