@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -194,11 +194,14 @@ class Case:
     def found_drift(self, rank:int) -> Adapter:
         "The carried adapter with a part of the drift taken back that the weights of both models tell"
         return take_back_drift(self.carried, self.alignment, self.old, self.new, rank)
+    @cache
+    def lessons(self, kind:str) -> list[dict]:
+        "What the specialist answers to questions of a kind"
+        return distillation_data(self.old, self.asked(kind), self.source)
     def refreshed(self, kind:str, steps:int=20, lr:float=3e-4, drift:bool=False) -> Adapter:
         "The carried adapter after a refresh on questions of a kind, perhaps with the drift taken back before"
-        taught = distillation_data(self.old, self.asked(kind), self.source)
         start = self.found_drift(BACK) if drift else self.carried
-        return refresh(self.new, taught, start, steps=steps, lr=lr, batch_size=LEARNED)[0]
+        return refresh(self.new, self.lessons(kind), start, steps=steps, lr=lr, batch_size=LEARNED)[0]
     def refreshed_once(self, part:str) -> Adapter:
         "A refresh, kept for its price on text"
         if part not in self.kept: self.kept[part] = self.refreshed(**REFRESHES[part])
@@ -255,12 +258,15 @@ class Case:
         return dict(drift=self.drift, task=self.task, what='texts', part=part, bits=bits)
 
 LAST = f'depth {DEPTHS - 1}'
-BACK, SLOWER = 8, 1e-4                      # ranks of the drift before a refresh, and another learning rate of it
+BACK = 8                                    # ranks of the drift before a refresh
+FASTER, SLOWER, SLOWEST = 1e-3, 1e-4, 3e-5  # other learning rates of it
 OWN = { # name: how the carried adapter is refreshed on questions of the task
     'refresh on its own questions': dict(kind='its own'),
     'slower refresh on its own questions': dict(kind='its own', lr=SLOWER),
+    'faster refresh on its own questions': dict(kind='its own', lr=FASTER),
     'refresh after the drift': dict(kind='its own', drift=True),
-    'slower refresh after the drift': dict(kind='its own', lr=SLOWER, drift=True)}
+    'slower refresh after the drift': dict(kind='its own', lr=SLOWER, drift=True),
+    'slowest refresh after the drift': dict(kind='its own', lr=SLOWEST, drift=True)}
 REFRESHES = { # the same with those on other questions
     'refresh on other questions': dict(kind='other'), 'refresh on written questions': dict(kind='written'),
     'longer refresh on written questions': dict(kind='written', steps=60),

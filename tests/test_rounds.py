@@ -65,7 +65,8 @@ def test_two_rounds_without_gain_end_it(zoo, taught, clock, monkeypatch, chances
     judged(monkeypatch, *chances)
     said = []
     refreshed, losses = refresh_in_rounds(zoo['old'], taught, batch_size=2, say=said.append)
-    assert len(losses) == steps and len(said) == len(losses.chances) - 1 and said[-1].endswith('the last round')
+    assert len(losses) == steps and len(said) == len(losses.chances) - 1
+    assert said[-1].endswith('the last round: another minute brings less than a point')
     assert f'{steps} steps' in refreshed.card and '6 lessons kept aside' in refreshed.card
 
 def test_a_training_in_rounds_is_one_of_the_lessons_left(zoo, taught, clock, monkeypatch):
@@ -77,10 +78,32 @@ def test_a_training_in_rounds_is_one_of_the_lessons_left(zoo, taught, clock, mon
     assert first[1] == by_hand[1] and bytes_of(first[0]) == bytes_of(by_hand[0])
 
 def test_the_time_is_kept(zoo, taught, clock, monkeypatch):
-    "A look takes a second: after 16 steps and three looks, eight steps fit into the 1.5 s that are left, then three"
+    "A look takes a second: after 8 steps ten fit into the 2.5 s that are left, then nine, half a round; then too few"
     judged(monkeypatch, .1, .2, .3, .4, .5, .6, .7, .8, .9)
-    _, losses = refresh_in_rounds(zoo['old'], taught, seconds=4.5, batch_size=2)
-    assert [*losses.chances] == [0, 8, 16, 24, 27]
+    said = []
+    _, losses = refresh_in_rounds(zoo['old'], taught, seconds=4.5, batch_size=2, say=said.append)
+    assert [*losses.chances] == [0, 8, 18, 27]
+    assert said[-1].endswith('the last round: no further one fits into the time')
+
+@pytest.mark.parametrize('chances, best', [((.5, .4, .3), 0), ((.1, .2, .8, .7, .7), 16), ((.1, .2, .2, .2), 32)])
+def test_the_best_student_is_handed_back(zoo, taught, clock, monkeypatch, tmp_path, chances, best):
+    "Of equal ones the last; an interrupted run remembers one that was better than where it goes on"
+    how = dict(batch_size=2, rank=4)
+    judged(monkeypatch, *chances)
+    refreshed, losses = refresh_in_rounds(zoo['new'], taught, **how)
+    if best == 16:
+        judged(monkeypatch, .8) # flat from the start: two rounds
+        shorter, steps = refresh_in_rounds(zoo['new'], taught, **how)
+        assert len(steps) == best and bytes_of(refreshed) == bytes_of(shorter)
+    assert any(refreshed.delta(path).any() for path in refreshed.updates) == (best > 0)
+    assert f'{max(chances):.1%} after it' in refreshed.card
+    assert (f'(after {best} steps;' in refreshed.card) == (best < len(losses))
+    judged(monkeypatch, *chances)
+    interrupted(monkeypatch, len(losses) - 2)
+    with pytest.raises(KeyboardInterrupt): refresh_in_rounds(zoo['new'], taught, checkpoints=tmp_path/'c', **how)
+    judged(monkeypatch, chances[-1])
+    again, _ = refresh_in_rounds(zoo['new'], taught, checkpoints=tmp_path/'c', **how)
+    assert bytes_of(again) == bytes_of(refreshed) and again.card == refreshed.card
 
 def test_lessons_that_took_the_whole_budget_leave_one_round(zoo, taught, specialist, clock, monkeypatch, tmp_path):
     judged(monkeypatch, .1, .2, .3, .4)
@@ -168,7 +191,7 @@ def test_resumed_with_less_time_than_it_took(zoo, taught, clock, monkeypatch, tm
     with pytest.raises(KeyboardInterrupt): refresh_in_rounds(zoo['new'], taught, seconds=60., **how)
     said = []
     refreshed, losses = refresh_in_rounds(zoo['new'], taught, seconds=.1, say=said.append, **how)
-    assert len(losses) == 16 and [*losses.chances] == [0, 8, 16] and said[-1].endswith('the last round')
+    assert len(losses) == 16 and [*losses.chances] == [0, 8, 16] and said[-1].endswith('the last round: no further one fits into the time')
 
 def test_no_number_is_no_gain(zoo, taught, clock, monkeypatch):
     "A training that has come to grief ends after two rounds and not after a million steps"

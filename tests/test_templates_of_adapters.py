@@ -93,6 +93,52 @@ def test_a_carried_adapter_keeps_it_for_a_model_without_one(chatty, maps, tmp_pa
     assert str(Renderer.of(new, None, upgraded)) == 'own chat template'
     assert not carry_whole(Adapter.load('zoo/adapter'), maps).chat_template
 
+@pytest.fixture
+def talking(tmp_path):
+    "The tiny old model with a chat template that writes what its adapter was trained with, as an ordinary directory"
+    shutil.copytree(ZOO/'old', tmp_path/'talking')
+    (tmp_path/'talking'/'chat_template.jinja').write_text('{{ bos_token }}' + AS_TRAINED)
+    return tmp_path/'talking'
+
+def test_the_template_of_the_old_model_goes_along(talking, data, maps):
+    "A new model without a template is asked in that of the old one, which ordinary adapters were trained in"
+    template = (talking/'chat_template.jinja').read_text()
+    carried, _ = upgrade(talking, 'zoo/new', 'zoo/adapter')
+    assert carried.chat_template == template and 'kept beside it, `zoo/new` has none' in carried.card
+    maps = replace(maps, old=replace(maps.old, name=str(talking)))
+    assert carry_whole(Adapter.load('zoo/adapter'), maps).chat_template == template
+    gone = replace(maps, old=replace(maps.old, name='not/here'))
+    assert not carry_whole(Adapter.load('zoo/adapter'), gone).chat_template
+    named, _ = upgrade(talking, 'zoo/new', 'zoo/adapter', prompts=Prompts('qa'))
+    assert not named.chat_template and 'chat template' not in named.card
+    own, _ = upgrade(talking, with_own('zoo/new', TEMPLATE), 'zoo/adapter')
+    assert not own.chat_template and 'old specialist: left out, `zoo/new` has its own' in own.card
+    same, _ = upgrade(talking, with_own('zoo/new', template), 'zoo/adapter')
+    assert not same.chat_template and 'chat template' not in same.card
+    test, new = load_data('zoo/test.jsonl')[:60], load_model('zoo/new')
+    assert evaluate(new, test, carried).accuracy > .8
+
+def test_lessons_are_learned_in_the_template_of_the_old_model(talking, tmp_path):
+    template, said = (talking/'chat_template.jinja').read_text(), []
+    questions = [dict(instruction=e['instruction']) for e in load_data('zoo/train.jsonl')[:8]]
+    upgraded, _ = upgrade(talking, 'zoo/new', 'zoo/adapter', inputs=questions, steps=1, say=said.append)
+    assert said[:2] == ['prompt of the old model: own chat template',
+                        "prompt of the new model: old specialist's chat template"]
+    assert upgraded.chat_template == template
+    few = ('--inputs', tmp_path/'few.jsonl', '--steps', 1)
+    (tmp_path/'few.jsonl').write_text(''.join(json.dumps(q) + '\n' for q in questions))
+    forms = dict(old='own chat template', new="old specialist's chat template")
+    assert report('refresh', talking, 'zoo/adapter', 'zoo/new', *few, '-o', tmp_path/'one')['prompts'] == forms
+    for name in 'ab': shutil.copytree(ZOO/'adapter', tmp_path/name)
+    many = report('refresh', talking, tmp_path/'a', tmp_path/'b', 'zoo/new', *few, '-o', tmp_path/'many')
+    assert many['prompts'] == forms
+    for made in (tmp_path/'one', tmp_path/'many'/'a', tmp_path/'many'/'b'):
+        assert Adapter.load(made).chat_template == template
+    plain = report('refresh', talking, 'zoo/adapter', 'zoo/new', *few, '--prompt', 'qa', '-o', tmp_path/'plain')
+    assert 'plain prompt' in plain['prompts']['new'] and not Adapter.load(tmp_path/'plain').chat_template
+    seen = run('inspect', talking, 'zoo/new', '--inputs', tmp_path/'few.jsonl').stdout
+    assert "the new model is asked by its old specialist's chat template" in seen
+
 def test_a_refit_asks_both_models_rightly(chatty, data, maps):
     questions = [dict(instruction=e['instruction']) for e in data[:12]]
     old, new = map(load_model, ('zoo/old', 'zoo/new'))
@@ -125,7 +171,8 @@ def test_an_upgrade_asks_both_models_rightly(chatty, data, monkeypatch):
     assert all(upgraded.delta(path).equal(by_hand.delta(path)) for path in by_hand.updates)
     assert said[:2] == [f"prompt of the {side} model: plain prompt 'Question: {{instruction}}\\nAnswer:'"
                         for side in ('old', 'new')]
-    assert said[3:5] == [f"prompt of the {side} model: adapter's chat template" for side in ('old', 'new')]
+    assert said[3:5] == ["prompt of the old model: adapter's chat template",
+                         "prompt of the new model: old specialist's chat template"]
     (chatty/'chat_template.jinja').write_text(TEMPLATE)
     other = go(chatty)
     assert taught[2] != taught[0] and other.chat_template == TEMPLATE and SHA256 in other.card

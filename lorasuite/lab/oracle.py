@@ -122,8 +122,9 @@ def extend_tokenizer(
     pieces = [[]]*len(ids)
     for token, i in ids.items():
         pieces[i] = [old_ids[token]] if token in old_ids else tokenizer(token, add_special_tokens=False).input_ids
-    new = PreTrainedTokenizerFast(tokenizer_object=_renumber_tokenizer(longer, ids), **tokenizer.special_tokens_map)
-    return new, pieces
+    kept = dict(chat_template=tokenizer.chat_template, model_max_length=tokenizer.model_max_length)
+    backend = _renumber_tokenizer(longer, ids)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.special_tokens_map, **kept), pieces
 
 # %% ../../nbs/course/03_oracle.ipynb #b2ea8606
 @dataclass

@@ -28,7 +28,7 @@ from ..core.loading import load_model
 from ..core.names import printable
 from ..core.ranks import base_dtype, check_writing, DTYPES, shrink
 from ..core.settings import checked
-from .added_tokens import add_tokens, keep_template, take_tokens
+from .added_tokens import add_tokens, keep_template, take_tokens, with_template
 from .alignment import Alignment
 from .alignment_files import alignment_checksum
 from .card import skipped_by_reason
@@ -133,7 +133,7 @@ def carry_whole(
 ) -> Adapter:
     "Transfer an adapter with all that belongs to it: whole weights, and tokens that were added"
     old, new = alignment.old.name, alignment.new.name
-    adapter, tokens = take_tokens(adapter, old, new)
+    adapter, tokens = take_tokens(with_template(adapter, old), old, new)
     if adapter.weights: adapter = weights_to_updates(adapter, load_model(old))
     carried = keep_template(transfer(adapter, alignment, plain_rank), adapter, new)
     return add_tokens(carried, tokens, alignment, new) if tokens else carried

@@ -784,7 +784,7 @@ class Renderer:
         brings = adapter if adapter and adapter.chat_template else origin
         bringer = str(brings.source.get('name') or 'the adapter') if theirs else ''
         found = cls(decoder.tokenizer, prompts, context, decoder.name, decoder.vocab, bringer)
-        if theirs: found.whose = "adapter's"
+        if theirs: found.whose = "adapter's" if brings is adapter else "old specialist's"
         return found
 
     def __str__(self):

@@ -20,15 +20,15 @@ from ..core.loading import load_model, load_skeleton, weight_hashes
 from ..core.model import Decoder
 from ..core.names import printable
 from ..core.settings import check_types, checked
-from ..stages.added_tokens import base_with_tokens
+from ..stages.added_tokens import base_with_tokens, with_template
 from ..stages.card import left_out
 from ..stages.many import gather_rows, is_made, make_once, own_results, report_row, report_table
 from ..stages.many import result_places, save_report, source_hash
 from ..stages.pairing import check_base
 from .examples import Examples, load_data
-from .prompts import ask_all, encode_all, Prompts, prompts_of_both, Renderer
+from .prompts import ask_all, encode_all, Prompts, prompts_of_both, Renderer, renderers_of_both
 from .refresh import distillation_data, refresh, SOFT_WEIGHT
-from .rounds import refresh_in_rounds
+from .rounds import best_step, refresh_in_rounds
 from .trainer import Run
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmopt
@@ -154,9 +154,9 @@ class _Workshop:
         "The old and the new model without their weights"
         return load_skeleton(self.old), load_skeleton(self.new)
     @functools.cached_property
-    def renderers(self) -> list[Renderer]:
+    def renderers(self) -> tuple[Renderer, Renderer]:
         "How the old and the new model are asked"
-        return [Renderer.of(*pair) for pair in zip(self.skeletons, prompts_of_both(self.options.prompts))]
+        return renderers_of_both(*self.skeletons, self.options.prompts, with_template(Adapter({}), self.skeletons[0]))
     @functools.cached_property
     def weights(self) -> list:
         "Hashes of the weight files of both models; their names where there are none"
@@ -184,7 +184,8 @@ class _Workshop:
 
     def specialist(self, job:'RefreshJob') -> Adapter:
         "The old specialist of a job"
-        return Adapter.load(job.adapter, adapter_name=self.options.adapter_name, fallback=self.old)
+        found = Adapter.load(job.adapter, adapter_name=self.options.adapter_name, fallback=self.old)
+        return with_template(found, self.skeletons[0])
     def begin(self, job:'RefreshJob') -> Adapter|None:
         "Where the training of a job begins"
         origin = self.sources(job.out.name)[-1]
@@ -227,6 +228,15 @@ def _refresh_claim(
     return dict(adapter=source_hash(job.adapter, options.adapter_name), start=start and source_hash(start),
                 models=shop.weights, questions=shop.asked(name), options=settings)
 
+# %% ../../nbs/reference/refresh_many.ipynb #rmendsfn
+def _ends(
+    run:Run, # of a refresh
+) -> dict[str, float|None]: # `loss_…` and `chance_…` with `first` and `last`
+    "The first and last loss of a refresh, and the chance before it and of what it handed back"
+    chances = (run.chances[0], run.chances[best_step(run.chances)]) if run.chances else (None, None)
+    losses = (run[0], run[-1]) if run else (None, None)
+    return dict(zip(('loss_first', 'loss_last', 'chance_first', 'chance_last'), (*losses, *chances)))
+
 # %% ../../nbs/reference/refresh_many.ipynb #rmmake
 def _teach_one(
     job:RefreshJob,         # with an adapter
@@ -246,11 +256,8 @@ def _teach_one(
     refreshed, run = learn_lessons(student, taught, replace(specialist, base=shop.old), start, labelled, shop.options,
                                    job.checkpoints, spent=time.perf_counter() - begin)
     refreshed.save(job.out)
-    chances = [*run.chances.values()]
-    ends = {f'{what}_{end}': some[i] if some else None for what, some in (('loss', run), ('chance', chances))
-            for end, i in (('first', 0), ('last', -1))}
     return dict(status='refreshed', inputs=len(questions), lessons=len(taught), labelled=len(labelled), steps=len(run),
-                skipped_of_specialist=left_out(specialist), skipped=left_out(refreshed)) | ends
+                skipped_of_specialist=left_out(specialist), skipped=left_out(refreshed)) | _ends(run)
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmone
 def _refresh_or_keep(

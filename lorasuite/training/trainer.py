@@ -384,7 +384,12 @@ class LightTrainer(Trainer):
             warnings.simplefilter('ignore') # what PEFT says of its files, which only we read
             super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero(): _seal(Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}')
+        if self.is_world_process_zero(): self._seal(Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}')
+    def _seal(self, folder:Path):
+        "Put what callbacks keep into a checkpoint, and mark it as complete"
+        with writing(folder):
+            for callback in self.callback_handler.callbacks: getattr(callback, 'save_beside', lambda folder: None)(folder)
+        _seal(folder)
 
 # %% ../../nbs/reference/trainer.ipynb #c8854073
 class _ProgressBar(ProgressCallback):

@@ -15,7 +15,8 @@ from ..core.adapter import Adapter
 from ..core.files import check_free
 from ..core.loading import load_model, load_skeleton
 from ..core.model import Decoder, model_info
-from ..stages.added_tokens import add_tokens, AddedTokens, base_with_tokens, keep_template, take_tokens
+from ..stages.added_tokens import add_tokens, AddedTokens, base_with_tokens
+from ..stages.added_tokens import keep_template, take_tokens, with_template
 from ..stages.alignment import align, Alignment
 from ..stages.drift import check_drift, take_back_drift
 from ..stages.pairing import check_base, naming_base
@@ -46,6 +47,16 @@ def check_prompts(
     ask_all(second, inputs)
     encode_all(second, data)
     return dict(old=str(first), new=str(second))
+
+# %% ../../nbs/reference/upgrade.ipynb #upgform2
+def _in_own_form(
+    adapter:Adapter,                # of the old model
+    old:str|os.PathLike|Decoder,    # the old model
+    prompts:Prompts|tuple|None,     # how both models are asked
+) -> Adapter:
+    "The adapter with the chat template that it is asked in, unless another form is given"
+    given = [p for p in prompts_of_both(prompts) if p and (p.plain or p.template)]
+    return adapter if given else with_template(adapter, old)
 
 # %% ../../nbs/reference/upgrade.ipynb #299090a0
 def _origin(
@@ -164,7 +175,8 @@ def upgrade(
 ) -> tuple[Adapter, Run]: # the adapter of the new model; the loss at every step, empty without `data` and `inputs`
     "Align and transfer, then refresh on questions or tune on labels; raises what these raise (LoRASuite, section 3)"
     fallback = old.name if isinstance(old, Decoder) else old
-    specialist = adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, fallback=fallback)
+    adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, fallback=fallback)
+    specialist = adapter = _in_own_form(adapter, old, prompts)
     options = _refresh_options(inputs, data, prompts, kwargs)
     if checkpoints: check_free(Path(checkpoints))
     if checkpoints: check_settings(checkpoints, kwargs)
