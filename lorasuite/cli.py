@@ -65,9 +65,11 @@ def _quiet():
     warnings.showwarning = _warning_printer()
 
 # %% ../nbs/reference/cli.ipynb #forpeople1
-_SAID = dict(peak_bytes='peak memory', trained='trained parameters', fit='fit of the transfer matrix',
+_SAID = dict(peak_bytes='peak memory of the training', trained='trained parameters', fit='fit of the transfer matrix',
              shared='shared tokens', r2='R²', rank_error='error of the smaller rank',
-             dtype_error='error of the rounding') # names for people
+             dtype_error='error of the rounding', seconds='time', drawn='texts drawn', unfinished='left out, unfinished',
+             empty='left out, empty', repeated='left out, repeated',
+             measure='how many answers are right was not measured') # names for people
 _SHARES = ('accuracy', 'rank_error', 'dtype_error')
 
 def _for_people(
@@ -120,7 +122,7 @@ def _result_lines(
         said = _SAID.get(name, name.replace('_', ' '))
         if 'skipped' in name: yield from (f'{said}, {why}: {shortened(some, _NAMED)}' for why, some in value.items())
         elif 'whole_weights' in name: yield f'{said}, put on the model as they are: {shortened(value, _NAMED)}'
-        elif name == 'facts': yield from value
+        elif name in ('facts', 'gain'): yield from value
         elif name == 'prompts': yield from _prompt_lines(value)
         elif name == 'wrong': yield from map(_wrong_line, value[:_WRONG])
         elif name == 'benchmarks': yield from map(_benchmark_line, value)
@@ -313,8 +315,8 @@ _Data = Annotated[str, typer.Option(
     help='examples: JSON, JSON lines, CSV or Parquet, with messages, conversations, prompt and completion, or '
          'instruction, input and output; or a Hub dataset')]
 _MoreData = Annotated[Optional[str], typer.Option(
-    '--data', help='labelled examples for a light fine-tuning; with --inputs they win over the answers of the '
-                   'old specialist')]
+    '--data', help='labelled examples for a light fine-tuning of --steps or --epochs; with --inputs they win over '
+                   'the answers of the old specialist')]
 _Format = Annotated[str, typer.Option('--format', help='of the files: peft; mlx for mlx-lm; gguf for llama.cpp')]
 _Dtype = Annotated[str, typer.Option(
     help='of the numbers: float32, bfloat16, float16, or base for that of the model that the adapter is for')]
@@ -350,8 +352,9 @@ _Epochs = Annotated[float, typer.Option(min=0, help='passes over the data')]
 _Passes = Annotated[Optional[float], typer.Option(
     '--epochs', min=0, help='passes over the lessons, instead of rounds')]
 _Budget = Annotated[Optional[str], typer.Option(
-    metavar='TIME', help='for lessons and training, such as 90s, 5m or 1h; without it, --steps and --epochs the '
-                         'training ends where another minute brings less than a point')]
+    metavar='TIME', help='for lessons and training, not for loading and aligning, such as 90s, 5m or 1h; without it, '
+                         '--steps and --epochs it is trained in rounds, until another minute raises the probability '
+                         'of the old answers by less than a point')]
 _AnyPasses = Annotated[Optional[float], typer.Option(
     '--epochs', min=0, help='passes over the data; by default three over --data, with --inputs rounds')]
 _Steps = Annotated[Optional[int], typer.Option(min=0, help='optimiser steps, instead of passes')]
@@ -485,9 +488,9 @@ def _text_lines(path:Path|None) -> list[str]|None:
     return found
 
 # %% ../nbs/reference/cli.ipynb #6148ed07
-def _costs(run) -> dict: # only the steps where nothing was trained
+def _costs(run) -> dict: # nothing where nothing was trained
     "What a training cost, of a `Run`"
-    if not run: return dict(steps=0)
+    if not run: return {}
     costs = dict(steps=len(run), loss=run[-1], seconds=round(run.seconds, 1), trained=run.trained)
     return costs | (dict(peak_bytes=run.peak_bytes) if run.peak_bytes else {})
 
@@ -593,7 +596,8 @@ def _brought(adapter) -> dict[str, str]:
     return dict(tokens_added=lines[-1].removeprefix('- tokens added: ').replace('`', '')) if lines else {}
 
 # %% ../nbs/reference/cli.ipynb #factsfn
-_ELSEWHERE = ('SHA-256', '- skipped', '- versions:', '- tokens added:') # lines of a card that are not said as facts
+_GAIN = ', the mean chance of an answer ' # in the line of a card that says what a refresh in rounds has brought
+_ELSEWHERE = ('SHA-256', '- skipped', '- versions:', '- tokens added:', _GAIN) # lines of a card that are said elsewhere
 
 def _facts(card:str) -> list[str]:
     "What the card of a carried adapter says of the transfer"
@@ -603,10 +607,10 @@ def _facts(card:str) -> list[str]:
 # %% ../nbs/reference/cli.ipynb #measure1
 def _how_to_measure(
     new:str,    # the model
-    out:Path,   # the carried adapter
-) -> str:
-    "What the facts of a transfer do not tell"
-    return f'how many answers are right was not measured: lorasuite evaluate {new} --adapter {out} --data FILE'
+    out:Path,   # the adapter
+) -> dict[str, str]: # `measure`: a command
+    "What the facts of a transfer or a training do not tell"
+    return dict(measure=f'lorasuite evaluate {new} --adapter {out} --data FILE')
 
 # %% ../nbs/reference/cli.ipynb #brings1
 def _brings_tokens(source, old:str, new:str) -> bool:
@@ -642,9 +646,8 @@ def _transfer_one(adapter:str, alignment:Path, out:Path, **options) -> dict:
     carried = carry_whole(source, maps, options['plain_rank'])
     carried.card += forced_line(source, maps, options['force'])
     made = _write(carried, out, max_rank=options['max_rank'], **written)
-    _say(_how_to_measure(maps.new.name, out))
-    found = dict(out=str(out)) | made | dict(facts=_facts(carried.card))
-    return found | _brought(carried) | dict(skipped=skipped_by_reason(carried))
+    facts = dict(facts=_facts(carried.card)) | _brought(carried) | dict(skipped=skipped_by_reason(carried))
+    return facts | dict(out=str(out)) | made | _how_to_measure(maps.new.name, out)
 
 # %% ../nbs/reference/cli.ipynb #manynames1
 def _many_names(adapters:list[str]|None, listed:Path|None, hub_user:str|None, base:Callable[[], str]) -> list[str]:
@@ -765,10 +768,10 @@ def _check_refresh(
     return check_prompts(old, new, labelled, questions, prompts, specialist, start)
 
 # %% ../nbs/reference/cli.ipynb #judgedfn
-def _judged(card:str) -> list[str]:
+def _judged(card:str) -> dict[str, list[str]]: # `gain`, where something was measured
     "What the card of an adapter that was refreshed in rounds says of its lessons"
-    lines = [line[2:] for line in card.splitlines() if line.startswith('- on ')]
-    return [line for line in lines if ', the mean chance of an answer ' in line][-1:]
+    lines = [line[2:] for line in card.splitlines() if line.startswith('- on ') and _GAIN in line]
+    return dict(gain=lines[-1:]) if lines else {}
 
 # %% ../nbs/reference/cli.ipynb #refone3
 def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, data, lessons, options) -> dict:
@@ -793,9 +796,8 @@ def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, dat
         student, taught, replace(specialist, base=old), first, labelled, say=_say, spent=spent, **shared)
     _finish(refreshed, out)
     counts = dict(prompts=asked, inputs=len(questions), answered=len(taught), labelled=len(labelled))
-    in_rounds = options.steps is None and options.epochs is None
-    found = dict(out=str(out), adapter=str(refreshed), facts=_judged(refreshed.card) if in_rounds else [])
-    return found | counts | _costs(run) | beside | _beside_updates(refreshed)
+    found = dict(out=str(out), adapter=str(refreshed)) | counts | _costs(run) | beside | _beside_updates(refreshed)
+    return found | (_judged(refreshed.card) if run.chances else {}) | _how_to_measure(new, out)
 
 # %% ../nbs/reference/cli.ipynb #refmany2
 def _refresh_many(old:str, names:list[str], new:str, inputs:str, out:Path, as_json:bool, **settings) -> dict:
@@ -935,6 +937,8 @@ def synthesize_command(
     _write_rows(questions, out, _checkpoints(out))
     (_checkpoints(out)/'drawn.json').unlink()
     facts = [f'such as: {e["instruction"]!r:.100}' for e in questions[:5]]
+    facts.append('texts need not look like questions: what the old specialist answers to them is learned')
+    facts.append(f'next: lorasuite upgrade {old} NEW {adapter} --inputs {out} -o DIRECTORY')
     return dict(out=str(out), prompt=str(renderer), questions=len(questions)) | counts | dict(facts=facts)
 
 # %% ../nbs/reference/cli.ipynb #driftchk
@@ -975,11 +979,10 @@ def upgrade_command(
         upgraded, run = upgrade(old, new, source, labelled, questions, _text_lines(texts), method, _show_progress(),
                                 prompts, plain_rank, drift_rank, _checkpoints(out), _say, **training)
     made = _write(upgraded, out, format, dtype, max_rank, compact)
-    if not run: _say(_how_to_measure(new, out))
-    costs = _brought(upgraded) | _costs(run)
     counts = dict(inputs=len(questions), labelled=len(labelled)) if questions else {}
-    found = dict(out=str(out)) | made | dict(facts=_facts(upgraded.card)) | counts
-    return found | costs | dict(skipped=skipped_by_reason(upgraded))
+    facts = dict(facts=_facts(upgraded.card)) | _brought(upgraded) | dict(skipped=skipped_by_reason(upgraded))
+    found = facts | counts | _costs(run) | dict(out=str(out)) | made
+    return found | (_judged(upgraded.card) if run.chances else {}) | _how_to_measure(new, out)
 
 # %% ../nbs/reference/cli.ipynb #clconv2
 def _merged(adapter:str, base:str, rank:int|None, which:str|None):

@@ -125,7 +125,7 @@ def test_an_upgrade_within_a_budget(work, hundred):
     lines = done.stderr.splitlines()
     assert any(line.startswith('100 lessons from 100 questions after ') for line in lines)
     assert any(re.match(r'after 8 steps, \d+ s: chance of the old answers ', line) for line in lines)
-    assert lines[-1].endswith('the last round') and 'lessons kept aside' in (work/'in-time'/'README.md').read_text()
+    assert '; the last round: ' in lines[-1] and 'lessons kept aside' in (work/'in-time'/'README.md').read_text()
     refresh = ('refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', hundred)
     judged = run(*refresh, '--budget', '1s', '-o', work/'in-a-second').stdout
     assert ' lessons kept aside, the mean chance of an answer ' in judged
@@ -231,11 +231,12 @@ def test_version():
     assert run('--version').stdout == f'lorasuite {__version__}\n'
 
 def test_what_was_not_measured_is_said(work, hundred):
-    "Where nothing was trained, the output names the command that counts right answers"
+    "The last line names the command that counts right answers"
     upgrade = ['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter']
-    said = run(*upgrade, '-o', work/'unmeasured').stderr
-    assert f'not measured: lorasuite evaluate zoo/new --adapter {work/"unmeasured"} --data FILE' in said
-    assert 'not measured' not in run(*upgrade, '--data', hundred, '--steps', 1, '-o', work/'one-step').stderr
+    for name, more in {'unmeasured': (), 'one-step': ('--data', hundred, '--steps', 1)}.items():
+        said = run(*upgrade, *more, '-o', work/name).stdout.splitlines()
+        assert said[-1].endswith(f'not measured: lorasuite evaluate zoo/new --adapter {work/name} --data FILE')
+        assert ('steps: 1' in said) == bool(more) and 'steps: 0' not in said
 
 def test_results_are_for_people(tmp_path):
     "No tuple, dict or number of ten digits; `--json` keeps them"
@@ -248,7 +249,8 @@ def test_results_are_for_people(tmp_path):
     args = ['finetune', 'zoo/new', '--data', few, '--steps', 2]
     said = run(*args, '-o', tmp_path/'tuned').stdout
     for pattern in (r'adapter: 42 updates of zoo/new, rank 8, 92,160 numbers', r'loss: \d\.\d\d?',
-                    r'seconds: \d+\.\d s', r'trained parameters: 92,160', r'peak memory: (\d+ MB|\d+\.\d GB)'):
+                    r'time: \d+\.\d s', r'trained parameters: 92,160',
+                    r'peak memory of the training: (\d+ MB|\d+\.\d GB)'):
         assert re.search(f'^{pattern}$', said, re.M), said
     raw = report(*args, '-o', tmp_path/'again')
     assert raw['adapter'].startswith('Adapter(42 updates') and isinstance(raw['peak_bytes'], int)

@@ -110,7 +110,8 @@ def _read_file(
     try: return _READERS.get(file.suffix, read_json)(file)
     except ValueError as e:
         if file.suffix in _SUFFIXES or not file.suffix: raise
-        raise ValueError(f'{e}. Data are read from JSON, JSON lines, CSV and Parquet') from None
+        raise ValueError(f'{e}. Data are read from JSON, JSON lines, CSV and Parquet: write a question as '
+                         '{"instruction": "…"} on a line of its own') from None
 
 # %% ../../nbs/reference/examples.ipynb #readrows1
 def _read_rows(
