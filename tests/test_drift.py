@@ -88,6 +88,12 @@ def test_no_drift_adds_nothing(decoder, adapter):
     mended = take_back_drift(carried, maps, decoder, decoder)
     assert all(len(A) == 4 for A, _ in mended.updates.values()) and 'no drift' in mended.card
 
+def test_drift_is_taken_back_once(decoder, adapter):
+    maps, new = align(decoder, decoder), drifted(decoder, 2)
+    mended = take_back_drift(transfer(adapter, maps), maps, decoder, new, 2)
+    with pytest.raises(ValueError, match='drift is taken back in this adapter: once is enough'):
+        take_back_drift(mended, maps, decoder, new, 2)
+
 def test_another_model_than_the_aligned_one(decoder, adapter, tokenizer):
     maps, wider = align(decoder, decoder), random_decoder(tokenizer, hidden=96, heads=6)
     carried = transfer(adapter, maps)

@@ -188,6 +188,8 @@ def _behind_norms(
     return A, B
 
 # %% ../../nbs/course/30_drift.ipynb #drline
+_DRIFT = 'drift of the updated modules: '
+
 def _drift_line(
     rank:int,       # that was taken back
     kept:float,     # squared norm of what was taken back
@@ -197,7 +199,7 @@ def _drift_line(
     "What a model card says of it"
     if not kept: return 'no drift of the updated modules was found'
     size, share = math.sqrt(drift/weights), kept/drift
-    return (f'drift of the updated modules: {size:.2%} of the size of their weights, of which {rank} ranks of each '
+    return (f'{_DRIFT}{size:.2%} of the size of their weights, of which {rank} ranks of each '
             f'module are taken back ({share:.0%} of ‖drift‖²)')
 
 # %% ../../nbs/course/30_drift.ipynb #drcheck
@@ -266,6 +268,7 @@ def take_back_drift(
 ) -> Adapter: # of `rank` more ranks
     "Let each module that an adapter updates do again what the old one did, by a few ranks; raises as `check_drift`"
     check_drift(adapter, alignment.method)
+    if _DRIFT in adapter.card: raise ValueError('its card says that drift is taken back in this adapter: once is enough')
     old, new = load_model(old, lazy=True), load_model(new, lazy=True)
     _check_models(alignment, old, new)
     updates, kept, drift, weights = {**adapter.updates}, 0., 0., 0.
