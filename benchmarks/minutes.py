@@ -1,4 +1,4 @@
-"""What CPU seconds buy after an upgrade: carried, refitted, refreshed on questions or without any, or trained on labels
+"""What CPU seconds buy after an upgrade: carried, the drift taken back, refreshed, refitted, or trained on labels
 
 One real pair (a model of 135M parameters and an enlargement of it that was trained on) and four tiny ones. Every run
 is kept as soon as it is made; started again, the command goes on with those that are missing.
@@ -15,6 +15,7 @@ from lorasuite.core.loading import load_model
 from lorasuite.lab.recipes import Experiment
 from lorasuite.lab.refit import best_refit
 from lorasuite.stages.alignment import align, Alignment
+from lorasuite.stages.drift import take_back_drift
 from lorasuite.stages.transfer import transfer
 from lorasuite.training.evaluate import evaluate
 from lorasuite.training.examples import load_data
@@ -29,6 +30,7 @@ RESULTS = data_dir()/'minutes.json'
 KEY = ('pair', 'way', 'split', 'questions', 'steps', 'lr', 'seed')
 CPU = dict(device=torch.device('cpu'), dtype=torch.float32)
 SEEDS = range(2)
+BACK, BACK_STEPS = 8, {5, 20, 40, 100} # ranks of the drift to take back, and steps of refreshes after it
 WRITTEN, WRITTEN_STEPS = 300, (40, 160) # questions that the specialist writes itself, and steps of refreshes on them
 PAIRS = { # pair: rate of a refresh; questions and steps of refreshes; steps and rates of LoRAs on 100 and on all labels
     'new': (1e-3, {64: (5, 10, 20, 50, 100, 200), 300: (5, 20, 100, 200)}, {100: 100, None: 300}, (1e-3, 3e-3, 1e-2)),
@@ -70,6 +72,9 @@ class Pair:
     @cache
     def carried(self) -> Adapter: return transfer(self.source, self.alignment())
     @cache
+    def mended(self) -> tuple: # the carried adapter with drift taken back, CPU seconds
+        return timed(lambda: take_back_drift(self.carried(), self.alignment(), self.old, self.new, BACK))
+    @cache
     def lessons(self, questions:int, seed:int, written:bool=False) -> tuple: # lessons, CPU seconds
         def make():
             if written: asked, _ = synthesize(self.old, self.source, questions, seed=seed)
@@ -82,6 +87,7 @@ class Pair:
         start = None if self.name == 'stranger' else self.carried()
         if way in ('base', 'specialist'): return None, 0., 0
         if way == 'carried': return self.carried(), 0., 0
+        if way == 'drift': return *self.mended(), 0
         if way == 'refitted':
             asked = random.Random(seed).sample(self.data['inputs'], questions)
             return best_refit(self.source, self.alignment(), self.old, self.new, asked), 0., 0
@@ -90,6 +96,9 @@ class Pair:
             rows = random.Random(seed).sample(self.data['train'], questions) if questions else self.data['train']
             return finetune(self.new, rows, steps=steps, **how)[0], 0., steps
         taught, seconds = self.lessons(questions, seed, way == 'written')
+        if way == 'drift refreshed':
+            start, more = self.mended()
+            seconds += more
         if way != 'rounds':
             return refresh(self.new, taught, start, steps=steps, batch_size=8, **how)[0], seconds, steps
         adapter, run = refresh_in_rounds(self.new, taught, start, **how)
@@ -97,7 +106,8 @@ class Pair:
 
     def row(self, way:str, split:str, questions:int|None, steps:int, lr:float, seed:int) -> dict:
         "A run, and how well its specialist answers"
-        if way in ('refreshed', 'rounds', 'written'): self.lessons(questions, seed, way == 'written')
+        if way in ('refreshed', 'drift refreshed', 'rounds', 'written'): self.lessons(questions, seed, way == 'written')
+        if way in ('drift', 'drift refreshed'): self.mended()
         (adapter, before, made), seconds = timed(lambda: self.make(way, questions, steps, lr, seed))
         old = way == 'specialist'
         score = evaluate(self.old if old else self.new, self.data[split], self.source if old else adapter)
@@ -107,9 +117,12 @@ class Pair:
 def runs_of(pair:Pair, rows:list[dict]):
     "The runs of a pair, cheap ones first; those with labels at the rate that was best on validation questions"
     yield from (('specialist', 'test', 0, 0, 0., 0), ('base', 'test', 0, 0, 0., 0))
-    if pair.name != 'stranger': yield 'carried', 'test', 0, 0, 0., 0
+    related = pair.name != 'stranger'
+    if related: yield from (('carried', 'test', 0, 0, 0., 0), ('drift', 'test', 0, 0, 0., 0))
     for questions, steps in pair.refreshes.items():
         yield from (('refreshed', 'test', questions, n, pair.rate, seed) for seed in SEEDS for n in steps)
+        after = sorted(BACK_STEPS.intersection(steps)) if related else []
+        yield from (('drift refreshed', 'test', questions, n, pair.rate/3, seed) for seed in SEEDS for n in after)
         yield from (('rounds', 'test', questions, 0, pair.rate, seed) for seed in SEEDS)
     yield from (('written', 'test', WRITTEN, n, pair.rate, seed) for seed in SEEDS for n in WRITTEN_STEPS)
     for labels, steps in pair.labels.items():
@@ -117,7 +130,7 @@ def runs_of(pair:Pair, rows:list[dict]):
         tried = select_runs(rows, pair=pair.name, way='labels', split='validation', questions=labels)
         best = max(tried, key=lambda row: row['accuracy'])['lr']
         yield from (('labels', 'test', labels, steps, best, seed) for seed in SEEDS)
-    if pair.name != 'stranger': yield from (('refitted', 'test', 64, 0, 0., seed) for seed in SEEDS)
+    if related: yield from (('refitted', 'test', 64, 0, 0., seed) for seed in SEEDS)
 
 def main():
     say('SmolLM2-135M from its wheel, its adapter for sums, and its successor')

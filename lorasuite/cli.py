@@ -828,7 +828,8 @@ def refresh_command(
              'gets; or with {name} for that name, such as "tasks/{name}/questions.jsonl"')],
     out:_Outs,
     start:Annotated[Optional[str], typer.Option(
-        help='adapter of the new model to start from, such as the carried one; with many, a directory with an adapter '
+        help='adapter of the new model to start from, such as the carried one, or that of `upgrade --drift-rank 8` '
+             'where the new base was trained much further; with many, a directory with an adapter '
              'NAME for each, as `lorasuite transfer` makes it, or with {name}; a fresh LoRA by default')]=None,
     data:Annotated[Optional[str], typer.Option(
         help='labelled examples, which win over the specialist\'s answers; with many, as --inputs')]=None,

@@ -317,7 +317,7 @@ def test_another_run_does_not_resume(work, tmp_path, interrupted):
     command, _ = interrupted
     for more, message in ((['--steps', 20], 'steps (10, now 20)'), (['--lr', 1e-4], 'lr (0.001, now'),
                           (['--seed', 1], 'seed (0, now 1)'), (['--whole'], 'the data: '),
-                          (['--schedule', 'cosine'], 'lr_scheduler_type (linear, now cosine)'),
+                          (['--schedule', 'cosine'], 'the schedule (linear, now cosine)'),
                           (['--prompt', '{instruction} '], 'the prompt: ')):
         result = run(*command, tmp_path/'out', *more)
         assert result.exit_code == 2, result.output
@@ -426,7 +426,7 @@ def test_the_card_of_a_refresh_names_the_specialist(work, tmp_path):
 def test_another_method_is_said_as_such(work, tmp_path):
     from lorasuite.training.trainer import _differences
     said = _differences(['base model', 'start', 'method'], dict(method='a'), {})
-    assert said == 'the method (a, now none)'
+    assert said == 'the way of training (a, now none)'
 
 def saved_as(folder, dtype):
     "The shipped old model in another type"

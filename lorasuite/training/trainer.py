@@ -181,7 +181,8 @@ def _claim_checkpoints(
 
 # %% ../../nbs/reference/trainer.ipynb #d5eab2f8
 _NAMED = {'base model': 'the base model', 'start': 'the start', 'data': 'the data', 'validation': 'the validation data',
-          'method': 'the method', 'prompt': 'the prompt'} # other settings have the names that the caller gave them
+          'method': 'the way of training', 'prompt': 'the prompt', 'loss': 'what is learned of the lessons',
+          'lr_scheduler_type': 'the schedule'} # other settings have the names that the caller gave them
 
 def _differences(
     names:list[str],                # of what differs; empty where nothing is known
