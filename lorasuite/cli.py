@@ -67,8 +67,8 @@ def _quiet():
 # %% ../nbs/reference/cli.ipynb #forpeople1
 _SAID = dict(peak_bytes='peak memory of the training', trained='trained parameters', fit='fit of the transfer matrix',
              shared='shared tokens', r2='R²', rank_error='error of the smaller rank',
-             dtype_error='error of the rounding', seconds='time', drawn='texts drawn', unfinished='left out, unfinished',
-             empty='left out, empty', repeated='left out, repeated',
+             dtype_error='error of the rounding', seconds='time', drawn='texts drawn',
+             unfinished='left out, unfinished', empty='left out, empty', repeated='left out, repeated',
              measure='how many answers are right was not measured') # names for people
 _SHARES = ('accuracy', 'rank_error', 'dtype_error')
 

@@ -91,7 +91,7 @@ def test_no_drift_adds_nothing(decoder, adapter):
 def test_drift_is_taken_back_once(decoder, adapter):
     maps, new = align(decoder, decoder), drifted(decoder, 2)
     mended = take_back_drift(transfer(adapter, maps), maps, decoder, new, 2)
-    with pytest.raises(ValueError, match='drift is taken back in this adapter: once is enough'):
+    with pytest.raises(ValueError, match='drift is taken back in this adapter: once will do'):
         take_back_drift(mended, maps, decoder, new, 2)
 
 def test_another_model_than_the_aligned_one(decoder, adapter, tokenizer):

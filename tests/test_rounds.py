@@ -191,7 +191,8 @@ def test_resumed_with_less_time_than_it_took(zoo, taught, clock, monkeypatch, tm
     with pytest.raises(KeyboardInterrupt): refresh_in_rounds(zoo['new'], taught, seconds=60., **how)
     said = []
     refreshed, losses = refresh_in_rounds(zoo['new'], taught, seconds=.1, say=said.append, **how)
-    assert len(losses) == 16 and [*losses.chances] == [0, 8, 16] and said[-1].endswith('the last round: no further one fits into the time')
+    assert len(losses) == 16 and [*losses.chances] == [0, 8, 16]
+    assert said[-1].endswith('the last round: no further one fits into the time')
 
 def test_no_number_is_no_gain(zoo, taught, clock, monkeypatch):
     "A training that has come to grief ends after two rounds and not after a million steps"

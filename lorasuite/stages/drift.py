@@ -268,7 +268,7 @@ def take_back_drift(
 ) -> Adapter: # of `rank` more ranks
     "Let each module that an adapter updates do again what the old one did, by a few ranks; raises as `check_drift`"
     check_drift(adapter, alignment.method)
-    if _DRIFT in adapter.card: raise ValueError('its card says that drift is taken back in this adapter: once is enough')
+    if _DRIFT in adapter.card: raise ValueError('the card says that drift is taken back in this adapter: once will do')
     old, new = load_model(old, lazy=True), load_model(new, lazy=True)
     _check_models(alignment, old, new)
     updates, kept, drift, weights = {**adapter.updates}, 0., 0., 0.

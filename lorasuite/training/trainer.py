@@ -389,7 +389,8 @@ class LightTrainer(Trainer):
     def _seal(self, folder:Path):
         "Put what callbacks keep into a checkpoint, and mark it as complete"
         with writing(folder):
-            for callback in self.callback_handler.callbacks: getattr(callback, 'save_beside', lambda folder: None)(folder)
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, 'save_beside'): callback.save_beside(folder)
         _seal(folder)
 
 # %% ../../nbs/reference/trainer.ipynb #c8854073
