@@ -30,7 +30,7 @@ RESULTS = data_dir()/'minutes.json'
 KEY = ('pair', 'way', 'split', 'questions', 'steps', 'lr', 'seed')
 CPU = dict(device=torch.device('cpu'), dtype=torch.float32)
 SEEDS = range(2)
-BACK, BACK_STEPS = 8, {5, 20, 40, 100} # ranks of the drift to take back, and steps of refreshes after it
+BACK, BACK_STEPS = 8, {5, 20, 100} # ranks of the drift to take back, and steps of refreshes after it
 WRITTEN, WRITTEN_STEPS = 300, (40, 160) # questions that the specialist writes itself, and steps of refreshes on them
 PAIRS = { # pair: rate of a refresh; questions and steps of refreshes; steps and rates of LoRAs on 100 and on all labels
     'new': (1e-3, {64: (5, 10, 20, 50, 100, 200), 300: (5, 20, 100, 200)}, {100: 100, None: 300}, (1e-3, 3e-3, 1e-2)),
