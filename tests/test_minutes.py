@@ -39,6 +39,7 @@ def test_every_way_on_a_related_pair(minutes):
     assert [r['lr'] for r in tried] == [1e-3, 3e-3] and test['labels', 16, 1]['lr'] == best
 
 def test_ways_that_need_a_related_pair(minutes):
-    ways = {way for way, *_ in minutes.runs_of(few(minutes, 'stranger'), [
-        dict(pair='stranger', way='labels', split='validation', questions=n, accuracy=0., lr=1e-3) for n in (16, None)])}
+    rows = [dict(pair='stranger', way='labels', split='validation', questions=n, accuracy=0., lr=1e-3)
+            for n in (16, None)]
+    ways = {way for way, *_ in minutes.runs_of(few(minutes, 'stranger'), rows)}
     assert not ways & {'carried', 'drift', 'drift refreshed', 'refitted'} and 'refreshed' in ways
