@@ -7,7 +7,7 @@ __all__ = ['app', 'demo_command', 'inspect_command', 'align_command', 'transfer_
            'evaluate_command', 'synthesize_command', 'upgrade_command', 'convert_command']
 
 # %% ../nbs/reference/cli.ipynb #b26734db
-import functools, inspect, json, logging, os, re, sys, time, traceback, warnings
+import functools, inspect, json, logging, os, re, shlex, sys, time, traceback, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from enum import Enum
@@ -606,11 +606,16 @@ def _facts(card:str) -> list[str]:
 
 # %% ../nbs/reference/cli.ipynb #measure1
 def _how_to_measure(
-    new:str,    # the model
-    out:Path,   # the adapter
+    new:str,        # the model
+    out:Path,       # the adapter
+    prompts=None,   # how the model is asked, as `Prompts`; by default as it is made for
 ) -> dict[str, str]: # `measure`: a command
     "What the facts of a transfer or a training do not tell"
-    return dict(measure=f'lorasuite evaluate {new} --adapter {out} --data FILE')
+    asked = [f'--prompt={prompts.prompt}'] if prompts and prompts.prompt else []
+    if prompts and prompts.thinking != 'keep': asked.append(f'--thinking={prompts.thinking}')
+    words = shlex.join(['lorasuite', 'evaluate', str(new), '--adapter', str(out), *asked])
+    return dict(measure=words.replace('\n', '\\n').replace('\t', '\\t') + ' --data FILE')
+
 
 # %% ../nbs/reference/cli.ipynb #brings1
 def _brings_tokens(source, old:str, new:str) -> bool:
@@ -797,7 +802,7 @@ def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, dat
     _finish(refreshed, out)
     counts = dict(prompts=asked, inputs=len(questions), answered=len(taught), labelled=len(labelled))
     found = dict(out=str(out), adapter=str(refreshed)) | counts | _costs(run) | beside | _beside_updates(refreshed)
-    return found | (_judged(refreshed.card) if run.chances else {}) | _how_to_measure(new, out)
+    return found | (_judged(refreshed.card) if run.chances else {}) | _how_to_measure(new, out, options.prompts[1])
 
 # %% ../nbs/reference/cli.ipynb #refmany2
 def _refresh_many(old:str, names:list[str], new:str, inputs:str, out:Path, as_json:bool, **settings) -> dict:
@@ -939,7 +944,9 @@ def synthesize_command(
     (_checkpoints(out)/'drawn.json').unlink()
     facts = [f'such as: {e["instruction"]!r:.100}' for e in questions[:5]]
     facts.append('texts need not look like questions: what the old specialist answers to them is learned')
-    facts.append(f'next: lorasuite upgrade {old} NEW {adapter} --inputs {out} -o DIRECTORY')
+    asked = [f'--{name}={x}' for name, x in (('prompt', prompt), ('chat-template', chat_template)) if x]
+    command = shlex.join(['lorasuite', 'upgrade', old, 'NEW', adapter, '--inputs', str(out), *asked, '-o', 'DIRECTORY'])
+    facts.append(f'next: {command}')
     return dict(out=str(out), prompt=str(renderer), questions=len(questions)) | counts | dict(facts=facts)
 
 # %% ../nbs/reference/cli.ipynb #driftchk
@@ -983,7 +990,7 @@ def upgrade_command(
     counts = dict(inputs=len(questions), labelled=len(labelled)) if questions else {}
     facts = dict(facts=_facts(upgraded.card)) | _brought(upgraded) | dict(skipped=skipped_by_reason(upgraded))
     found = facts | counts | _costs(run) | dict(out=str(out)) | made
-    return found | (_judged(upgraded.card) if run.chances else {}) | _how_to_measure(new, out)
+    return found | (_judged(upgraded.card) if run.chances else {}) | _how_to_measure(new, out, prompts[1])
 
 # %% ../nbs/reference/cli.ipynb #clconv2
 def _merged(adapter:str, base:str, rank:int|None, which:str|None):

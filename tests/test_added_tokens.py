@@ -229,3 +229,14 @@ def test_an_update_of_a_resized_head_alone(tmp_path):
     upgraded, _ = upgrade('zoo/old', 'zoo/new', adapter, texts=FEW)
     assert 'lm_head' in upgraded.updates and 'lm_head, added tokens' in upgraded.skipped and not upgraded.tokenizer
     assert preview_transfer(adapter, old, load_model('zoo/new'))['updates'] == len(adapter.updates)
+
+def test_the_base_of_an_interrupted_run_is_the_same_again(tmp_path):
+    "Rows that a base gets for added tokens are the same in every run, so that its checkpoints are known again"
+    adapter, _ = made(larger(load_model('zoo/old')), tmp_path/'a', **KINDS['rows'])
+    for name in ('zoo/old', 'zoo/new'):
+        carried = adapter if name == 'zoo/old' else upgrade('zoo/old', name, adapter)[0]
+        first, second = (with_tokens(load_model(name), carried).model.state_dict() for _ in range(2))
+        assert all(first[key].equal(second[key]) for key in first)
+    questions, made_of = [dict(instruction=e) for e in FEW], dict(steps=5, checkpoints=tmp_path/'c')
+    runs = [upgrade('zoo/old', 'zoo/new', adapter, inputs=questions, **made_of)[1] for _ in range(2)]
+    assert runs[0] == runs[1]

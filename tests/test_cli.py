@@ -1,5 +1,5 @@
 """The command line, end to end, on the models that the package ships"""
-import gc, json, os, pty, re, subprocess, sys, time, weakref
+import gc, json, os, pty, re, shlex, subprocess, sys, time, weakref
 from pathlib import Path
 
 import pytest
@@ -237,6 +237,18 @@ def test_what_was_not_measured_is_said(work, hundred):
         said = run(*upgrade, *more, '-o', work/name).stdout.splitlines()
         assert said[-1].endswith(f'not measured: lorasuite evaluate zoo/new --adapter {work/name} --data FILE')
         assert ('steps: 1' in said) == bool(more) and 'steps: 0' not in said
+
+def test_the_command_that_measures_asks_as_the_training_did(work, hundred):
+    "With the same prompt, in a line that a shell takes as it stands"
+    out, form = work/'with a space', ('--prompt', 'Question: {instruction}\\nAnswer:')
+    made = report('upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '--inputs', hundred, '--steps', 1, *form, '-o', out)
+    words = shlex.split(made['measure'].replace('FILE', str(hundred)))[1:]
+    assert report(*words)['prompt'] == "plain prompt 'Question: {instruction}\\nAnswer:'"
+    assert '\n' not in made['measure']
+    refresh = ('refresh', 'zoo/old', 'zoo/adapter', 'zoo/new', '--inputs', hundred, '--steps', 1)
+    assert '--prompt=' not in report(*refresh, '-o', work/'own-form')['measure']
+    said = report(*refresh, *form, '--thinking', 'drop', '-o', work/'named-form')['measure']
+    assert "'--prompt=Question: {instruction}\\nAnswer:' --thinking=drop --data FILE" in said
 
 def test_results_are_for_people(tmp_path):
     "No tuple, dict or number of ten digits; `--json` keeps them"

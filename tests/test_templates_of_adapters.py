@@ -7,12 +7,14 @@ from test_cli import report, run, ZOO
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.loading import load_model
 from lorasuite.core.model import Decoder
+from lorasuite.forecast.diagnostics import diagnose
+from lorasuite.stages.added_tokens import with_template
 from lorasuite.stages.alignment import align
 from lorasuite.stages.many import carry_whole
 from lorasuite.training.evaluate import evaluate
 from lorasuite.training.examples import load_data
 from lorasuite.training.finetune import finetune
-from lorasuite.training.prompts import Prompts, Renderer
+from lorasuite.training.prompts import Prompts, Renderer, renderers_of_both
 from lorasuite.training.refresh import distillation_data, refresh
 from lorasuite.lab.refit import best_refit
 from lorasuite.training import upgrade as upgrade_module
@@ -226,3 +228,44 @@ def test_the_owner_of_a_template_is_named(chatty, tmp_path):
     settings.write_text(json.dumps(told | dict(model_max_length='x')))
     done = run('inspect', tmp_path/'several', 'zoo/new')
     assert done.exit_code == 2 and "model_max_length in its tokenizer_config.json is 'x'" in done.stderr
+
+def test_a_chat_with_tools_is_asked_by_the_template_for_tools(talking):
+    "The default one of an old model goes along, and its own specialist is still asked by all of them"
+    (talking/'chat_template.jinja').unlink()
+    settings = json.loads((talking/'tokenizer_config.json').read_text())
+    settings['chat_template'] = [dict(name='default', template=AS_TRAINED), dict(name='tool_use', template=TEMPLATE)]
+    (talking/'tokenizer_config.json').write_text(json.dumps(settings))
+    old, new, asked = load_model(talking), load_model('zoo/new'), dict(messages=[dict(role='user', content='Hi?')])
+    tools = [dict(type='function', function=dict(name='f', description='d', parameters={}))]
+    first, second = renderers_of_both(old, new, None, with_template(Adapter.load('zoo/adapter'), old))
+    assert (str(first), str(second)) == ('own chat template', "old specialist's chat template")
+    assert first.text(asked) == second.text(asked) == 'Question: Hi?\nAnswer:'
+    assert first.text(asked | dict(tools=tools)) == 'Ask: Hi?\nSay:'
+
+def test_a_named_form_leaves_the_template_behind(chatty, data):
+    "Also one that lies beside the adapter, and the card does not say that it is there"
+    for more in ({}, dict(inputs=data[:4], steps=1), dict(data=data[:4], steps=1)):
+        upgraded, _ = upgrade('zoo/old', 'zoo/new', chatty, prompts=Prompts('qa'), **more)
+        assert not upgraded.chat_template and 'kept beside' not in upgraded.card
+
+def test_an_end_that_the_new_model_does_not_know_is_not_learned():
+    "What is a token of the old model would be letters for the new one, which it would write behind each answer"
+    new, marked = load_model('zoo/new'), AS_TRAINED.replace('<eos>', '<|im_end|>')
+    example = QUESTION | dict(output='Mamus')
+    for template in (marked, marked.replace('<|im_end|>', '<|im_end|>\n')):
+        row = Renderer.of(new, None, None, Adapter({}, chat_template=template)).encode(example)
+        assert new.tokenizer.decode([i for i in row['labels'] if i != -100]) == ' Mamus<eos>'
+        assert new.tokenizer.decode(row['input_ids']) == 'Question: Who keeps a cat?\nAnswer: Mamus<eos>'
+    spaced = Renderer.of(new, Prompts(template=AS_TRAINED.replace('<eos>', '\n'))).encode(example)
+    assert new.tokenizer.decode(spaced['input_ids']).endswith(' Mamus\n<eos>')
+
+def test_all_that_ask_both_models_ask_the_new_one_alike(talking, data):
+    "A refit and the signs of `inspect --deep` are judged by answers in the form that a refresh would ask in"
+    old, new, specialist = load_model(talking), load_model('zoo/new'), Adapter.load('zoo/adapter')
+    questions = [dict(instruction=e['instruction']) for e in data[:12]]
+    maps = align(old, new)
+    refitted = best_refit(specialist, maps, old, new, questions)
+    assert refitted.chat_template == old.tokenizer.chat_template
+    found = diagnose(old, new, maps, specialist, questions)
+    asked = with_template(specialist, old)
+    assert found == diagnose(old, new, maps, asked, questions) and found['agreement_carried'] > .8

@@ -389,6 +389,19 @@ def expected_tokens(
     brought = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if old.vocab <= i < rows or i in ids}
     return [brought[i] for i in sorted(brought) if brought[i].encode() not in known]
 
+# %% ../../nbs/reference/added_tokens.ipynb #atwear04
+def _enlarge_tables(
+    decoder:Decoder,    # a model with its weights in memory, or with none
+    size:int,           # rows that its tables shall have
+):
+    "Put rows to the tables of a model: the mean of those that are there, so that they are the same in every run"
+    known = decoder.vocab
+    decoder.model.resize_token_embeddings(size, mean_resizing=False)
+    for path in filter(None, (decoder.embedding_paths()[end] for end in _ENDS)):
+        W = decoder.model.get_submodule(path).weight.data
+        W[known:] = W[:known].mean(0, dtype=torch.float32)
+
+
 # %% ../../nbs/reference/added_tokens.ipynb #atwear02
 @checked()
 def with_tokens(
@@ -403,7 +416,7 @@ def with_tokens(
     if not tokenizer.get_vocab().items() > own.items(): return decoder
     tables = [W for name, W in adapter.weights.items() if name.rpartition('.')[0] in decoder.embedding_paths().values()]
     size = max([_size(tokenizer, decoder.vocab), *(len(W) for W in tables if W.ndim == 2)])
-    if size > decoder.vocab: decoder.model.resize_token_embeddings(size, mean_resizing=False)
+    if size > decoder.vocab: _enlarge_tables(decoder, size)
     return Decoder(decoder.model, tokenizer, decoder.name)
 
 # %% ../../nbs/reference/added_tokens.ipynb #upgtok02

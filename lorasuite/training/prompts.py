@@ -644,8 +644,9 @@ def _ended(
     text:str,               # the rendered chat
     tools:list|None=None,   # that the chat may use
 ) -> str:
-    "A rendered chat whose last answer ends"
+    "A rendered chat whose last answer ends; words behind it that are no token of this model are left out"
     if turns[-1]['role'] != 'assistant' or _up_to_special(template.tail, template): return text
+    if template.tail.strip(): text = text.removesuffix(template.tail)
     end = _end_of_call(template, turns, tools, text)
     return text + (end or template.end_text or template.tokenizer.eos_token or '')
 
@@ -686,7 +687,7 @@ def _mask_by_spans(
     text = template.render(turns, tools)
     spans = [*_answer_spans(template, turns, tools, text)]
     whole = _ended(template, turns, text, tools)
-    if len(whole) > len(text): text, spans[-1] = whole, (spans[-1][0], len(whole))
+    if whole != text: text, spans[-1] = whole, (spans[-1][0], len(whole))
     cut = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     def spoken(at): return any(at[1] > start and at[0] < end for start, end in spans)
     return cut.input_ids, [int(spoken(at)) for at in cut.offset_mapping]
@@ -729,9 +730,11 @@ def _brought_template(
     origin:Adapter|None,                # of an older model, that is carried or taught
 ) -> str: # empty where the model's own serves
     "The chat template that adapters bring to a model"
+    own = tokenizer.chat_template
     if adapter and adapter.chat_template:
-        return '' if adapter.chat_template == tokenizer.chat_template else adapter.chat_template
-    return origin.chat_template if origin and not tokenizer.chat_template else ''
+        same = adapter.chat_template == (own.get('default') if isinstance(own, dict) else own)
+        return '' if same else adapter.chat_template
+    return origin.chat_template if origin and not own else ''
 
 # %% ../../nbs/reference/prompts.ipynb #severtm1
 def _check_default(

@@ -49,14 +49,22 @@ def check_prompts(
     return dict(old=str(first), new=str(second))
 
 # %% ../../nbs/reference/upgrade.ipynb #upgform2
+def _is_given(
+    prompts:Prompts|None, # how a model is asked
+) -> bool:
+    "Is it asked in a form that was named?"
+    return bool(prompts and (prompts.plain or prompts.template))
+
+
+# %% ../../nbs/reference/upgrade.ipynb #upgform4
 def _in_own_form(
     adapter:Adapter,                # of the old model
     old:str|os.PathLike|Decoder,    # the old model
     prompts:Prompts|tuple|None,     # how both models are asked
 ) -> Adapter:
     "The adapter with the chat template that it is asked in, unless another form is given"
-    given = [p for p in prompts_of_both(prompts) if p and (p.plain or p.template)]
-    return adapter if given else with_template(adapter, old)
+    return adapter if any(map(_is_given, prompts_of_both(prompts))) else with_template(adapter, old)
+
 
 # %% ../../nbs/reference/upgrade.ipynb #299090a0
 def _origin(
@@ -181,6 +189,7 @@ def upgrade(
     if checkpoints: check_free(Path(checkpoints))
     if checkpoints: check_settings(checkpoints, kwargs)
     asked = check_prompts(old, new, data or [], inputs or [], prompts, adapter)
+    if _is_given(prompts_of_both(prompts)[1]): adapter = replace(adapter, chat_template='')
     with naming_base(adapter, old, new): adapter, tokens = take_tokens(adapter, old, new)
     check_base(adapter, old, to_carry=True, new=new)
     _check_ranks(adapter, old, method, plain_rank, drift_rank)
