@@ -783,12 +783,13 @@ def _refresh_one(old:str, adapter:str, new:str, inputs:str, out:Path, start, dat
     "Refresh a single adapter; the old model is let go before the training"
     from dataclasses import replace
     from lorasuite.core.loading import load_model
-    from lorasuite.stages.added_tokens import with_template, with_tokens
+    from lorasuite.stages.added_tokens import with_tokens
+    from lorasuite.training.prompts import in_own_form
     from lorasuite.training.refresh_many import check_lessons, learn_lessons
     check_lessons(lessons)
     questions = _examples(inputs, options.columns, options.split, labelled=False)
     labelled = _examples(data, options.columns, options.split)
-    specialist = with_template(_load_adapter(adapter, options.adapter_name, old), old)
+    specialist = in_own_form(_load_adapter(adapter, options.adapter_name, old), old, options.prompts)
     first = _load_adapter(start, None, new)
     asked = _check_refresh(old, new, specialist, first, labelled, questions, options.prompts)
     shared = dict(options=options, checkpoints=_checkpoints(out), progress=_show_progress())

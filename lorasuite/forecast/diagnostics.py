@@ -13,7 +13,6 @@ from ..core.adapter import Adapter
 from ..core.block import read_block
 from ..core.model import Decoder
 from ..core.settings import checked
-from ..stages.added_tokens import with_template
 from ..stages.alignment import Alignment
 from ..stages.direct_copy import direct_copy
 from ..stages.head_mapping import head_rows, head_similarity
@@ -74,8 +73,7 @@ def diagnose(
 ) -> dict[str, float]: # as `relatedness`, and `agreement_carried`, `agreement_base` and maybe `agreement_copy`
     "What can be known of an upgrade before any training, without a label"
     questions = [e | dict(answer='') for e in inputs]
-    both = renderers_of_both(old, new, prompts, with_template(adapter, old))
-    first, second = (renderer.prompts for renderer in both)
+    first, second = (renderer.prompts for renderer in renderers_of_both(old, new, prompts, adapter))
     taught = evaluate(old, questions, adapter, prompts=first).answers
     found = relatedness(old, new, alignment)
     for name, candidate in _candidates(old, new, alignment, adapter).items():

@@ -26,7 +26,7 @@ from ..core.tokens import shared_tokens
 from ..stages.alignment import align, warn_of_limits
 from ..stages.block_maps import split_role
 from ..stages.card import skipped_by_reason
-from ..stages.added_tokens import expected_tokens, untrained_tokens, with_template, without_unknown_rows
+from ..stages.added_tokens import expected_tokens, untrained_tokens, without_unknown_rows
 from ..stages.embeddings import check_tokens, unsupported_embeddings
 from ..stages.layer_mapping import alike_layers, feed_forward_kinds, feed_forward_map, feed_forward_space
 from ..stages.layer_mapping import layer_map
@@ -466,7 +466,7 @@ def _asked_forms(
 ) -> dict: # `old` and `new`: `form` and `first` prompt; `notes`
     "How both models will be asked; raises `ValueError` for a question that does not fit"
     from lorasuite.training.prompts import renderers_of_both
-    both = renderers_of_both(old, new, prompts, with_template(adapter or Adapter({}), old))
+    both = renderers_of_both(old, new, prompts, adapter)
     shown = {side: dict(form=str(r), first=r.text(inputs[0])) for side, r in zip(('old', 'new'), both)}
     source = adapter.source.get('name') if adapter else None
     folder, template = Path(resolve(source) if source else '/nowhere'), both[0].template

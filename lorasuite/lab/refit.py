@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from ..core.adapter import Adapter, balance
 from ..core.model import Decoder
 from ..core.settings import checked
-from ..stages.added_tokens import with_template
 from ..stages.alignment import Alignment, Pair
 from ..stages.block_maps import split_role
 from ..stages.cka import matching_rows, read_texts
@@ -211,7 +210,7 @@ def best_refit(
     if len(inputs) < 3:
         raise ValueError(f'{len(inputs)} questions are too few to fit on some and choose by others: give some dozens')
     if adapter.magnitudes: raise ValueError('a DoRA cannot be refitted on questions: transfer it without them')
-    renderers = renderers_of_both(old, new, prompts, with_template(adapter, old))
+    renderers = renderers_of_both(old, new, prompts, adapter)
     for renderer in renderers: ask_all(renderer, inputs)
     first, second = prompts = tuple(renderer.prompts for renderer in renderers)
     texts = _shared_texts(old, new, inputs[::3], prompts)

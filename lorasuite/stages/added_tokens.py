@@ -9,11 +9,15 @@ __all__ = ['AddedTokens', 'without_unknown_rows', 'untrained_tokens', 'take_toke
 # %% ../../nbs/reference/added_tokens.ipynb #atimp001
 import copy, hashlib, os, re, warnings
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from ..core.adapter import Adapter, resized_model
+from ..core.containers import read_beside
+from ..core.files import locate
 from ..core.loading import load_model, load_skeleton
 from ..core.model import Decoder, model_info, ModelInfo
 from ..core.names import shortened
@@ -336,13 +340,23 @@ def add_tokens(
                    tokenizer=lambda: tokenizer, card=carried.card + _card_line(tokens, ids, size, alignment.new))
 
 # %% ../../nbs/reference/added_tokens.ipynb #attempl5
+@cache
+def _template_on_hub(
+    name:str, # Hub id of a model
+) -> str:
+    "The chat template of a model that no directory holds, read once"
+    return default_template(load_skeleton(name))
+
+# %% ../../nbs/reference/added_tokens.ipynb #attempl9
 def default_template(
     model:str|os.PathLike|Decoder, # possibly without its weights
 ) -> str: # empty where there is none
     "The chat template that a model is asked through where a chat needs no other"
-    decoder = model if isinstance(model, Decoder) else load_skeleton(model)
-    own = decoder.tokenizer.chat_template
-    return (own.get('default') if isinstance(own, dict) else own) or ''
+    if isinstance(model, Decoder):
+        own = model.tokenizer.chat_template
+        return (own.get('default') if isinstance(own, dict) else own) or ''
+    folder = Path(locate(model))
+    return read_beside(folder)['chat_template'] if folder.is_dir() else _template_on_hub(str(model))
 
 # %% ../../nbs/reference/added_tokens.ipynb #attempl7
 @checked()

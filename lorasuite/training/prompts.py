@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['THOUGHT_FORMS', 'PROMPT_PRESETS', 'THINKING', 'as_messages', 'asked_turns', 'with_answer', 'question_key',
            'ThoughtForm', 'split_thought', 'drop_thoughts', 'without_thoughts', 'with_opening', 'with_think_marks',
-           'spoken', 'Prompts', 'prompts_of_both', 'fill_prompt', 'ChatTemplate', 'Renderer', 'renderers_of_both',
-           'asked_line', 'encode_all', 'ask_all', 'question_places']
+           'spoken', 'Prompts', 'prompts_of_both', 'fill_prompt', 'ChatTemplate', 'Renderer', 'in_own_form',
+           'renderers_of_both', 'asked_line', 'encode_all', 'ask_all', 'question_places']
 
 # %% ../../nbs/reference/prompts.ipynb #45c2200a
-import hashlib, json, re, warnings
+import hashlib, json, os, re, warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,6 +22,7 @@ from ..core.model import Decoder
 from ..core.names import code_span
 from ..core.tokens import check_ids
 from ..core.settings import check_types, checked
+from ..stages.added_tokens import with_template
 
 # %% ../../nbs/reference/prompts.ipynb #checkexample1
 def _is_turn(turn) -> bool:
@@ -241,6 +242,11 @@ class Prompts:
     def plain(self) -> str|None:
         "The plain prompt that was asked for, if any"
         return None if self.prompt in (None, 'chat') else PROMPT_PRESETS.get(self.prompt, self.prompt)
+
+    @property
+    def named(self) -> bool:
+        "Was a form asked for, instead of that of the model?"
+        return bool(self.plain or self.template)
 
 # %% ../../nbs/reference/prompts.ipynb #415d9c12
 @checked()
@@ -867,6 +873,17 @@ class Renderer:
         labels = ids if train_on_inputs else [i if m else -100 for i, m in zip(ids, mask)]
         return dict(input_ids=ids[:self.context], labels=labels[:self.context])
 
+# %% ../../nbs/reference/prompts.ipynb #ownform2
+@checked()
+def in_own_form(
+    adapter:Adapter|None,               # of the old model
+    old:str|os.PathLike|Decoder,        # the old model
+    prompts:Prompts|tuple|None=None,    # how both models are asked, or a pair
+) -> Adapter|None:
+    "An adapter with the chat template that it is asked in, unless another form is given"
+    named = any(p and p.named for p in prompts_of_both(prompts))
+    return adapter if named else with_template(adapter or Adapter({}), old)
+
 # %% ../../nbs/reference/prompts.ipynb #rendboth1
 @checked()
 def renderers_of_both(
@@ -877,7 +894,8 @@ def renderers_of_both(
 ) -> tuple[Renderer, Renderer]: # of the old and of the new model
     "The renderers of two models between which an adapter is carried or taught"
     first, second = prompts_of_both(prompts)
-    return Renderer.of(old, first, adapter), Renderer.of(new, second, start, adapter)
+    origin = in_own_form(adapter, old, prompts)
+    return Renderer.of(old, first, adapter), Renderer.of(new, second, start, origin)
 
 # %% ../../nbs/reference/prompts.ipynb #4df91efa
 def _opened(

@@ -20,13 +20,14 @@ from ..core.loading import load_model, load_skeleton, weight_hashes
 from ..core.model import Decoder
 from ..core.names import printable
 from ..core.settings import check_types, checked
-from ..stages.added_tokens import base_with_tokens, with_template
+from ..stages.added_tokens import base_with_tokens
 from ..stages.card import left_out
 from ..stages.many import gather_rows, is_made, make_once, own_results, report_row, report_table
 from ..stages.many import result_places, save_report, source_hash
 from ..stages.pairing import check_base
 from .examples import Examples, load_data
-from .prompts import ask_all, encode_all, Prompts, prompts_of_both, Renderer, renderers_of_both
+from .prompts import ask_all, encode_all, in_own_form, Prompts, prompts_of_both, Renderer
+from .prompts import renderers_of_both
 from .refresh import distillation_data, refresh, SOFT_WEIGHT
 from .rounds import best_step, refresh_in_rounds
 from .trainer import Run
@@ -156,7 +157,7 @@ class _Workshop:
     @functools.cached_property
     def renderers(self) -> tuple[Renderer, Renderer]:
         "How the old and the new model are asked"
-        return renderers_of_both(*self.skeletons, self.options.prompts, with_template(Adapter({}), self.skeletons[0]))
+        return renderers_of_both(*self.skeletons, self.options.prompts)
     @functools.cached_property
     def weights(self) -> list:
         "Hashes of the weight files of both models; their names where there are none"
@@ -185,7 +186,7 @@ class _Workshop:
     def specialist(self, job:'RefreshJob') -> Adapter:
         "The old specialist of a job"
         found = Adapter.load(job.adapter, adapter_name=self.options.adapter_name, fallback=self.old)
-        return with_template(found, self.skeletons[0])
+        return in_own_form(found, self.skeletons[0], self.options.prompts)
     def begin(self, job:'RefreshJob') -> Adapter|None:
         "Where the training of a job begins"
         origin = self.sources(job.out.name)[-1]

@@ -16,14 +16,14 @@ from ..core.files import check_free
 from ..core.loading import load_model, load_skeleton
 from ..core.model import Decoder, model_info
 from ..stages.added_tokens import add_tokens, AddedTokens, base_with_tokens
-from ..stages.added_tokens import keep_template, take_tokens, with_template
+from ..stages.added_tokens import keep_template, take_tokens
 from ..stages.alignment import align, Alignment
 from ..stages.drift import check_drift, take_back_drift
 from ..stages.pairing import check_base, naming_base
 from ..stages.transfer import check_plain, transfer
 from ..stages.whole_weights import weights_to_updates
 from .finetune import finetune
-from .prompts import ask_all, encode_all, Prompts, prompts_of_both, renderers_of_both
+from .prompts import ask_all, encode_all, in_own_form, Prompts, prompts_of_both, renderers_of_both
 from .refresh_many import keep_lessons, learn_lessons, RefreshOptions
 from ..core.settings import checked
 from .trainer import check_settings, hash_tensors, Run
@@ -47,24 +47,6 @@ def check_prompts(
     ask_all(second, inputs)
     encode_all(second, data)
     return dict(old=str(first), new=str(second))
-
-# %% ../../nbs/reference/upgrade.ipynb #upgform2
-def _is_given(
-    prompts:Prompts|None, # how a model is asked
-) -> bool:
-    "Is it asked in a form that was named?"
-    return bool(prompts and (prompts.plain or prompts.template))
-
-
-# %% ../../nbs/reference/upgrade.ipynb #upgform4
-def _in_own_form(
-    adapter:Adapter,                # of the old model
-    old:str|os.PathLike|Decoder,    # the old model
-    prompts:Prompts|tuple|None,     # how both models are asked
-) -> Adapter:
-    "The adapter with the chat template that it is asked in, unless another form is given"
-    return adapter if any(map(_is_given, prompts_of_both(prompts))) else with_template(adapter, old)
-
 
 # %% ../../nbs/reference/upgrade.ipynb #299090a0
 def _origin(
@@ -184,12 +166,12 @@ def upgrade(
     "Align and transfer, then refresh on questions or tune on labels; raises what these raise (LoRASuite, section 3)"
     fallback = old.name if isinstance(old, Decoder) else old
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, fallback=fallback)
-    specialist = adapter = _in_own_form(adapter, old, prompts)
+    specialist = adapter = in_own_form(adapter, old, prompts)
     options = _refresh_options(inputs, data, prompts, kwargs)
     if checkpoints: check_free(Path(checkpoints))
     if checkpoints: check_settings(checkpoints, kwargs)
     asked = check_prompts(old, new, data or [], inputs or [], prompts, adapter)
-    if _is_given(prompts_of_both(prompts)[1]): adapter = replace(adapter, chat_template='')
+    if (form := prompts_of_both(prompts)[1]) and form.named: adapter = replace(adapter, chat_template='')
     with naming_base(adapter, old, new): adapter, tokens = take_tokens(adapter, old, new)
     check_base(adapter, old, to_carry=True, new=new)
     _check_ranks(adapter, old, method, plain_rank, drift_rank)
