@@ -111,6 +111,14 @@ def _wrong_line(
     "An answer that was not the expected one, of long ones the beginning"
     return f'wrong, example {row["example"]}: {row["said"][:100]!r}, expected {row["answer"][:100]!r}'
 
+# %% ../nbs/reference/cli.ipynb #flipline1
+def _flip_line(
+    row:dict, # of `flipped_items`
+) -> str:
+    "An answer that was lost or gained by an upgrade"
+    old, new, expected = (f'{row[name][:100]!r}' for name in ('old', 'new', 'expected'))
+    return f'{row["kind"]}, example {row["example"]}: {old} → {new}, expected {expected}'
+
 # %% ../nbs/reference/cli.ipynb #resultlines
 _NAMED = 24 # names that a line holds; a card and `--json` have them all
 
@@ -125,6 +133,8 @@ def _result_lines(
         elif name in ('facts', 'gain'): yield from value
         elif name == 'prompts': yield from _prompt_lines(value)
         elif name == 'wrong': yield from map(_wrong_line, value[:_WRONG])
+        elif name == 'flipped': yield from map(_flip_line, value[:_WRONG])
+        elif name == 'comparison': continue # told by the facts
         elif name == 'benchmarks': yield from map(_benchmark_line, value)
         elif name == 'accuracy' and 'interval' in result:
             low, high = result['interval']
@@ -162,7 +172,8 @@ def _checked(
 
 # %% ../nbs/reference/cli.ipynb #192ca8ec
 _BESIDE = ( # options that cannot apply, beside what
-    (('rank', 'roles'), 'adapter'), (('epochs', 'budget'), 'steps'), (('budget',), 'epochs'))
+    (('rank', 'roles'), 'adapter'), (('epochs', 'budget'), 'steps'), (('budget',), 'epochs'),
+    (('adapter', 'tasks'), 'others'))
 _READ, _ASKED = ('columns', 'split'), ('prompt', 'chat_template', 'thinking')
 _NEEDS = dict( # command: options that cannot apply, without one of which others
     upgrade=((('budget', 'longest', 'first_line'), ('inputs',)),
@@ -861,43 +872,96 @@ def refresh_command(
     if not many: return _refresh_one(old, adapters[0], new, inputs, out, **given)
     return _refresh_many(old, _many_names(adapters, listed, hub_user, lambda: old), new, inputs, out, json_, **given)
 
+# %% ../nbs/reference/cli.ipynb #evworn1
+def _worn(base:str, adapter:str|None, which:str|None) -> tuple:
+    "An adapter of a model, if one is named, and the model with its tokens"
+    from lorasuite.core.loading import load_model
+    from lorasuite.stages.added_tokens import with_tokens
+    from lorasuite.stages.pairing import check_base
+    worn = _load_adapter(adapter, which, base)
+    if worn: check_base(worn, base)
+    return worn, with_tokens(load_model(base), worn)
+
+# %% ../nbs/reference/cli.ipynb #evscore1
+def _score(decoder, worn, rows:list[dict], match:str, prompts):
+    "The `Score` of a model with its adapter on"
+    from lorasuite.training.evaluate import CHAIN_OF_THOUGHT, evaluate, MATCHES
+    longer = {} if match == 'exact' else CHAIN_OF_THOUGHT
+    return evaluate(decoder, rows, worn, MATCHES[match], prompts, progress=_show_progress(), **longer)
+
+# %% ../nbs/reference/cli.ipynb #evansw1
+def _answered(decoder, worn, rows:list[dict], match:str, prompts) -> dict:
+    "How many questions a model answers rightly, and which it does not"
+    from lorasuite.training.prompts import Renderer
+    score = _score(decoder, worn, rows, match, prompts)
+    wrong = [dict(example=i, said=score.answers[i-1], answer=e['answer'])
+             for i, e in enumerate(rows, 1) if not score.right[i-1]]
+    return dict(prompt=str(Renderer.of(decoder, prompts, worn)), accuracy=score.accuracy, interval=score.interval,
+                questions=len(rows), seconds=round(score.seconds, 1), wrong=wrong)
+
+# %% ../nbs/reference/cli.ipynb #evcard1
+def _check_card(out:str) -> Path:
+    "The model card of an adapter; raises `FileNotFoundError` where it has none on this machine"
+    file = Path(out)/'README.md'
+    if file.is_file(): return file
+    raise FileNotFoundError(f'{out} has no README.md on this machine: leave --card out')
+
+# %% ../nbs/reference/cli.ipynb #evcard3
+def _add_to_card(file:Path, line:str):
+    "Put a line at the end of a model card, all or nothing"
+    part = file.with_name(f'.{file.name}.part')
+    with writing(file):
+        part.write_text(f'{read_utf8(file).rstrip()}\n- {line}\n', encoding='utf-8')
+        part.replace(file)
+
+# %% ../nbs/reference/cli.ipynb #evcomp1
+def _compare(old:str, others:list[str], rows:list[dict], match:str, prompts, which:str|None, card:bool) -> dict:
+    "Compare two specialists; only one model is in memory at a time"
+    if len(others) != 3: raise ValueError(f'{1 + len(others)} names: give OLD ADAPTER NEW OUT, or one model alone')
+    from lorasuite.training.flips import flipped_items, Flips, flips_line
+    from lorasuite.training.upgrade import check_prompts
+    adapter, new, out = others
+    file = _check_card(out) if card else None
+    named, scores = (_load_adapter(adapter, which, old), _load_adapter(out, None, new)), []
+    forms = check_prompts(old, new, [], rows, prompts, *named)
+    for base, name, chosen in ((old, adapter, which), (new, out, None)):
+        worn, decoder = _worn(base, name, chosen)
+        scores.append(_score(decoder, worn, rows, match, prompts))
+        del decoder
+    flips = Flips(rows, *scores)
+    if file and is_main_process(): _add_to_card(file, flips_line(flips))
+    return dict(prompts=forms, facts=[flips_line(flips)], comparison=flips.report(), flipped=[*flipped_items(flips)])
+
 # %% ../nbs/reference/cli.ipynb #01efa198
 @_command
 def evaluate_command(
     base:Annotated[str, typer.Argument(metavar='MODEL', help='model to ask')],
+    others:Annotated[Optional[list[str]], typer.Argument(
+        metavar='[ADAPTER NEW OUT]', help='with these, compare two specialists: MODEL with ADAPTER and NEW with OUT'
+    )]=None,
     data:Annotated[Optional[str], typer.Option(help='questions with answers, as other commands take them')]=None,
     adapter:Annotated[Optional[str], typer.Option(help='adapter to put on')]=None,
     match:Annotated[str, typer.Option(
         help='what counts as right: exact; or, of answers at length, the last number, letter or choice')]='exact',
     tasks:Annotated[Optional[str], typer.Option(
         help='benchmarks, by the names that lm-eval gives them, with commas between')]=None,
+    card:Annotated[bool, typer.Option('--card', help='put the comparison into the README.md of OUT')]=False,
     prompt:_Prompt=None, chat_template:_Template=None, thinking:_Thinking=_KEEP,
     columns:_Columns=None, split:_Split='train', adapter_name:_Which=None, json_:_Json=False,
 ):
-    "Count right answers to your questions, or run benchmarks."
+    "Count right answers to your questions, compare two specialists, or run benchmarks."
     if not (data or tasks): raise ValueError('what to evaluate on? give --data FILE, or --tasks NAMES')
-    from lorasuite.core.loading import load_model
-    from lorasuite.stages.added_tokens import with_tokens
-    from lorasuite.stages.pairing import check_base
-    from lorasuite.training.evaluate import benchmark, CHAIN_OF_THOUGHT, check_tasks, evaluate, MATCHES
-    from lorasuite.training.prompts import Renderer
+    if card and not others: raise ValueError('--card needs two specialists to compare: give OLD ADAPTER NEW OUT')
+    from lorasuite.training.evaluate import benchmark, check_tasks, MATCHES
     if match not in MATCHES: raise ValueError(f'--match {match}: choose one of {", ".join(MATCHES)}')
     names = _split_names(tasks) or []
     if not all(names): raise ValueError(f'--tasks {tasks}: one of the names is empty')
     prompts = _prompts(prompt, chat_template, thinking)
     rows = _examples(data, columns, split)
+    if others: return _compare(base, others, rows, match, prompts, adapter_name, card)
     if names: check_tasks(names)
-    worn, report = _load_adapter(adapter, adapter_name, base), {}
-    if worn: check_base(worn, base)
-    decoder = with_tokens(load_model(base), worn)
-    if rows:
-        report = dict(prompt=str(Renderer.of(decoder, prompts, worn)))
-        longer = {} if match == 'exact' else CHAIN_OF_THOUGHT
-        score = evaluate(decoder, rows, worn, MATCHES[match], prompts, progress=_show_progress(), **longer)
-        seconds = round(score.seconds, 1)
-        report |= dict(accuracy=score.accuracy, interval=score.interval, questions=len(rows), seconds=seconds)
-        report['wrong'] = [dict(example=i, said=score.answers[i-1], answer=e['answer'])
-                           for i, e in enumerate(rows, 1) if not score.right[i-1]]
+    worn, decoder = _worn(base, adapter, adapter_name)
+    report = _answered(decoder, worn, rows, match, prompts) if rows else {}
     if names: report['benchmarks'] = benchmark(decoder, names, worn)
     return report | _beside_updates(worn, decoder=decoder)
 
