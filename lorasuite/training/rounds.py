@@ -211,6 +211,7 @@ def refresh_in_rounds(
     best = rounds.best_step
     earlier = f' (after {best:,} steps; what came later was no better and is left out)' if best < len(run) else ''
     which = 'that were learned too' if aside is learned else 'kept aside'
-    line = (f'- on {len(rows):,} lesson{"s"*(len(rows) > 1)} {which}, the mean chance of an answer (geometric over its tokens) was '
+    lessons = f'{len(rows):,} lesson{"s"*(len(rows) > 1)}'
+    line = (f'- on {lessons} {which}, the mean chance of an answer (geometric over its tokens) was '
             f'{run.chances[0]:.1%} before the refresh and {run.chances[best]:.1%} after it{earlier}\n')
     return replace(refreshed, card=refreshed.card + line), run
