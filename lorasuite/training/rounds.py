@@ -181,6 +181,19 @@ class Rounds(TrainerCallback):
         "Go back to the best student"
         for name, p in _trained(model): p.copy_(self.best[name])
 
+# %% ../../nbs/course/28_rounds.ipynb #rdcardfn
+def _chances_line(
+    run:Run,        # of a refresh in rounds
+    lessons:int,    # by which it was judged
+    learned:bool,   # were they learned too?
+) -> str:
+    "What a model card says of it"
+    best = best_step(run.chances)
+    earlier = f' (after {best:,} steps; what came later was no better and is left out)' if best < len(run) else ''
+    which = 'that were learned too' if learned else 'kept aside'
+    return (f'on {lessons:,} lesson{"s"*(lessons > 1)} {which}, the mean chance of an answer (geometric over its tokens) '
+            f'was {run.chances[0]:.1%} before the refresh and {run.chances[best]:.1%} after it{earlier}')
+
 # %% ../../nbs/course/28_rounds.ipynb #rdfn
 MOST_STEPS = 10**6 # more than any refresh has
 
@@ -208,10 +221,5 @@ def refresh_in_rounds(
     kwargs |= dict(lr_scheduler_type='constant', warmup_steps=0) # the rounds set the rate
     lessons = (learned, adapter, labelled) if answered else ([], adapter, learned)
     refreshed, run = refresh(decoder, *lessons, prompts=prompts, specialist=specialist, **kwargs)
-    best = rounds.best_step
-    earlier = f' (after {best:,} steps; what came later was no better and is left out)' if best < len(run) else ''
-    which = 'that were learned too' if aside is learned else 'kept aside'
-    lessons = f'{len(rows):,} lesson{"s"*(len(rows) > 1)}'
-    line = (f'- on {lessons} {which}, the mean chance of an answer (geometric over its tokens) was '
-            f'{run.chances[0]:.1%} before the refresh and {run.chances[best]:.1%} after it{earlier}\n')
-    return replace(refreshed, card=refreshed.card + line), run
+    line = _chances_line(run, len(rows), aside is learned)
+    return replace(refreshed, card=f'{refreshed.card}- {line}\n'), run
