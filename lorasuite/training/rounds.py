@@ -191,8 +191,9 @@ def _chances_line(
     best = best_step(run.chances)
     earlier = f' (after {best:,} steps; what came later was no better and is left out)' if best < len(run) else ''
     which = 'that were learned too' if learned else 'kept aside'
-    return (f'on {lessons:,} lesson{"s"*(lessons > 1)} {which}, the mean chance of an answer (geometric over its tokens) '
-            f'was {run.chances[0]:.1%} before the refresh and {run.chances[best]:.1%} after it{earlier}')
+    some = f'{lessons:,} lesson{"s"*(lessons > 1)}'
+    return (f'on {some} {which}, the mean chance of an answer (geometric over its tokens) was {run.chances[0]:.1%} '
+            f'before the refresh and {run.chances[best]:.1%} after it{earlier}')
 
 # %% ../../nbs/course/28_rounds.ipynb #rdfn
 MOST_STEPS = 10**6 # more than any refresh has
