@@ -1,5 +1,6 @@
 """Rounds of a training: when they end, what they save, and what an interrupted one goes on with"""
 import json
+from statistics import mean
 import pytest
 from test_finetune import launch
 from typer.testing import CliRunner
@@ -15,7 +16,7 @@ from lorasuite.training.refresh import (
     answer_rows, distillation_data, Overheard, pseudo_label, refresh, teacher_top_k
 )
 from lorasuite.training.refresh_many import learn_lessons, RefreshOptions
-from lorasuite.training.rounds import mean_chance, refresh_in_rounds
+from lorasuite.training.rounds import answer_chances, refresh_in_rounds
 from lorasuite.training.trainer import LightTrainer
 
 LINES = (data_dir()/'zoo'/'train.jsonl').read_text().splitlines(keepends=True)
@@ -43,9 +44,9 @@ def clock(monkeypatch):
     monkeypatch.setattr(module, 'time', Clock())
 
 def judged(monkeypatch, *chances):
-    "Chances that are measured one after another, the last for ever"
-    left = [*chances]
-    monkeypatch.setattr(module, 'mean_chance', lambda *args: left.pop(0) if len(left) > 1 else left[0])
+    "Chances that are measured one after another, the last for ever: of each answer, or the same of all"
+    left = [c if isinstance(c, list) else [c, c] for c in chances]
+    monkeypatch.setattr(module, 'answer_chances', lambda *args: left.pop(0) if len(left) > 1 else left[0])
 
 def interrupted(monkeypatch, at):
     "A training that is interrupted once, at a step"
@@ -127,6 +128,16 @@ def test_an_interrupted_training_goes_on_with_its_last_round(zoo, taught, clock,
     assert again[1] == whole[1] and again[1].chances == whole[1].chances
     assert bytes_of(again[0]) == bytes_of(whole[0])
 
+def test_a_student_that_may_be_as_good_is_kept(zoo, taught, clock, monkeypatch):
+    "A little lower on four answers is not worse; much lower is, and so is what gives no number"
+    start, little, much, none = [.9, .5, .9, .5], [.89, .52, .86, .5], [.5, .1, .4, .2], [float('nan')]*4
+    for later, kept in ((little, 16), (much, 0), (none, 0)):
+        judged(monkeypatch, start, later)
+        refreshed, run = refresh_in_rounds(zoo['new'], taught, batch_size=2, rank=4)
+        assert run.kept == kept and len(run) == 16
+        assert any(refreshed.delta(path).any() for path in refreshed.updates) == (kept > 0)
+        assert ('and is left out' in refreshed.card) == (kept < 16)
+
 def test_other_lessons_are_another_run(zoo, taught, clock, monkeypatch, tmp_path):
     judged(monkeypatch, .1, .2, .2)
     interrupted(monkeypatch, 10)
@@ -138,7 +149,7 @@ def test_other_lessons_are_another_run(zoo, taught, clock, monkeypatch, tmp_path
 def test_the_chance_is_that_of_the_answers(zoo, taught, specialist):
     "The specialist gives its own answers the chance that its lessons say"
     rows = answer_rows(Renderer.of(zoo['old']), [*taught])
-    with specialist.on(zoo['old']) as model: found = mean_chance(model, zoo['old'].tokenizer, rows)
+    with specialist.on(zoo['old']) as model: found = mean(answer_chances(model, zoo['old'].tokenizer, rows))
     def own(note):
         chances = [dict(zip(o, c))[t] for t, o, c in zip(note['tokens'], note['options'], note['chances'])]
         product = 1.

@@ -29,7 +29,7 @@ from .examples import Examples, load_data
 from .prompts import ask_all, encode_all, in_own_form, Prompts, prompts_of_both, Renderer
 from .prompts import renderers_of_both
 from .refresh import distillation_data, refresh, SOFT_WEIGHT
-from .rounds import best_step, refresh_in_rounds
+from .rounds import refresh_in_rounds
 from .trainer import Run
 
 # %% ../../nbs/reference/refresh_many.ipynb #rmopt
@@ -234,7 +234,7 @@ def _ends(
     run:Run, # of a refresh
 ) -> dict[str, float|None]: # `loss_…` and `chance_…` with `first` and `last`
     "The first and last loss of a refresh, and the chance before it and of what it handed back"
-    chances = (run.chances[0], run.chances[best_step(run.chances)]) if run.chances else (None, None)
+    chances = (run.chances[0], run.chances[run.kept]) if run.chances else (None, None)
     losses = (run[0], run[-1]) if run else (None, None)
     return dict(zip(('loss_first', 'loss_last', 'chance_first', 'chance_last'), (*losses, *chances)))
 

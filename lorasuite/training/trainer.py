@@ -102,6 +102,7 @@ class Run(list):
         trained:int=0,                          # how many parameters were trained
         validation:dict[int, float]|None=None,  # step: mean loss on the validation examples
         chances:dict[int, float]|None=None,     # step: what `Rounds` measured there
+        kept:int|None=None,                     # after how many steps the student was handed back, where not the last
     ):
         super().__init__(losses)
         self.seconds = seconds
@@ -109,6 +110,7 @@ class Run(list):
         self.trained = trained
         self.validation = validation or {}
         self.chances = chances or {}
+        self.kept = len(self) if kept is None else kept
 
 # %% ../../nbs/reference/trainer.ipynb #cced31b0
 def _mixed_precision(
@@ -467,8 +469,9 @@ def _timed_run(
     losses = [row['loss'] for row in log if 'loss' in row]
     validation = {row['step']: row['eval_loss'] for row in log if 'eval_loss' in row}
     chances = {row['step']: row['chance'] for row in log if 'chance' in row}
+    kept = [row['kept'] for row in log if 'kept' in row]
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return Run(losses, time.perf_counter() - begin, peak(), trained, validation, chances)
+    return Run(losses, time.perf_counter() - begin, peak(), trained, validation, chances, kept[-1] if kept else None)
 
 # %% ../../nbs/reference/trainer.ipynb #d7edc7d2
 def _claim(
