@@ -64,6 +64,29 @@ def test_the_real_model():
     assert rows == {name: [real(upgrade, TINY[name]) for upgrade in REAL] for name in rows}
     assert {'published formula between our layers and heads, at our norm', 'carried'} < rows.keys()
 
+MINUTES = { # row: way, questions or labels, steps
+    'old model with its adapter': ('specialist', 0, 0), 'carried': ('carried', 0, 0),
+    'drift taken back': ('drift', 0, 0), 'carried, refreshed for 20 steps': ('refreshed', 64, 20),
+    'drift taken back, refreshed for 20 steps': ('drift refreshed', 64, 20),
+    'carried, refreshed in rounds': ('rounds', 300, 0), 'fresh LoRA on labels': ('labels', 100, None)}
+
+def minutes(pair, row):
+    "Accuracy in percent and CPU seconds of a way, as the README has them"
+    way, questions, steps = MINUTES[row]
+    runs = [r for r in recorded('lorasuite/data/minutes.json') if (r['pair'], r['way'], r['split'], r['questions']) ==
+            (pair, way, 'test', questions) and steps in (None, r['steps'])]
+    seconds = mean(r['before'] + r['seconds'] for r in runs)
+    return [percent([r['accuracy'] for r in runs]), '' if way in ('specialist', 'carried') else f'{seconds:.0f}']
+
+def test_what_to_do_first():
+    lines = README.split('**What to do first.**', 1)[1].split('| way |', 1)[1].split('\n\n')[0].splitlines()[2:]
+    rows = [[cell.strip(' *') for cell in line.strip('|').split('|')] for line in lines]
+    assert [name for name, *_ in rows] == [*MINUTES]
+    for name, asked, *figures in rows:
+        assert asked == str(MINUTES[name][1] or '–') and figures == minutes('new-far', name) + minutes('gentle', name)
+    old, carried, mended = (float(minutes('gentle', row)[0]) for row in [*MINUTES][:3])
+    assert mended > .95*old > carried # nearly all of the skill
+
 def gain(task):
     "How far ours is above the published pipeline, both tuned on a hundred labels"
     means = [mean(found('lorasuite/data/lab.json', 'far', task, m)) for m in ('refitted+100', 'paper+100')]
