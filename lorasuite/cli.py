@@ -914,18 +914,30 @@ def _add_to_card(file:Path, line:str):
         part.write_text(f'{read_utf8(file).rstrip()}\n- {line}\n', encoding='utf-8')
         part.replace(file)
 
+# %% ../nbs/reference/cli.ipynb #evform1
+def _asked_form(base:str, adapter:str, which:str|None, rows:list[dict], prompts) -> str:
+    "How a specialist is asked; raises `ValueError` for a question that it cannot be asked"
+    from lorasuite.core.loading import load_skeleton
+    from lorasuite.stages.added_tokens import with_tokens
+    from lorasuite.stages.pairing import check_base
+    from lorasuite.training.prompts import ask_all, Renderer
+    worn = _load_adapter(adapter, which, base)
+    check_base(worn, base)
+    renderer = Renderer.of(with_tokens(load_skeleton(base), worn), prompts, worn)
+    ask_all(renderer, rows)
+    return str(renderer)
+
 # %% ../nbs/reference/cli.ipynb #evcomp1
 def _compare(old:str, others:list[str], rows:list[dict], match:str, prompts, which:str|None, card:bool) -> dict:
     "Compare two specialists; only one model is in memory at a time"
     if len(others) != 3: raise ValueError(f'{1 + len(others)} names: give OLD ADAPTER NEW OUT, or one model alone')
     from lorasuite.training.flips import flipped_items, Flips, flips_line
-    from lorasuite.training.upgrade import check_prompts
     adapter, new, out = others
+    sides, scores = dict(old=(old, adapter, which), new=(new, out, None)), []
     file = _check_card(out) if card else None
-    named, scores = (_load_adapter(adapter, which, old), _load_adapter(out, None, new)), []
-    forms = check_prompts(old, new, [], rows, prompts, *named)
-    for base, name, chosen in ((old, adapter, which), (new, out, None)):
-        worn, decoder = _worn(base, name, chosen)
+    forms = {side: _asked_form(*names, rows, prompts) for side, names in sides.items()}
+    for names in sides.values():
+        worn, decoder = _worn(*names)
         scores.append(_score(decoder, worn, rows, match, prompts))
         del decoder
     flips = Flips(rows, *scores)

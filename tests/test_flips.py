@@ -58,6 +58,19 @@ def test_the_command_is_the_function(few, carried, out):
     lines = run('evaluate', 'zoo/old', 'zoo/adapter', 'zoo/new-far', out, '--data', few).stdout.splitlines()
     assert flips_line(found) in lines and sum(line.startswith(('lost, ', 'gained, ')) for line in lines) <= 3
 
+def test_each_specialist_is_asked_in_its_own_form(few, out, tmp_path):
+    "What is said of the forms is how they are asked; a question that one cannot be asked is found before"
+    template = "{{ bos_token }}{% for m in messages %}Question: {{ m['content'] }}\\nAnswer:{% endfor %}"
+    shutil.copytree(ZOO/'old', tmp_path/'talking')
+    (tmp_path/'talking'/'chat_template.jinja').write_text(template)
+    said = report('evaluate', tmp_path/'talking', 'zoo/adapter', 'zoo/new-far', out, '--data', few)
+    assert said['prompts']['old'] == 'own chat template' and said['prompts']['new'].startswith('plain prompt')
+    alone = report('evaluate', 'zoo/new-far', '--adapter', out, '--data', few)
+    assert said['comparison']['accuracy_new'] == alone['accuracy'] and alone['prompt'] == said['prompts']['new']
+    (tmp_path/'text.jsonl').write_text('{"text": "Ann keeps a cat."}')
+    done = run('evaluate', 'zoo/old', 'zoo/adapter', 'zoo/new-far', out, '--data', tmp_path/'text.jsonl')
+    assert done.exit_code == 2 and 'fault of lorasuite' not in done.stderr
+
 def test_the_card_carries_it(few, out):
     before = (out/'README.md').read_text()
     command = ('evaluate', 'zoo/old', 'zoo/adapter', 'zoo/new-far', out, '--data', few)
