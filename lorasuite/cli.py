@@ -499,9 +499,9 @@ def _text_lines(path:Path|None) -> list[str]|None:
     return found
 
 # %% ../nbs/reference/cli.ipynb #6148ed07
-def _costs(run) -> dict: # nothing where nothing was trained
+def _costs(run) -> dict: # only the steps where nothing was trained
     "What a training cost, of a `Run`"
-    if not run: return {}
+    if not run: return dict(steps=0)
     costs = dict(steps=len(run), loss=run[-1], seconds=round(run.seconds, 1), trained=run.trained)
     return costs | (dict(peak_bytes=run.peak_bytes) if run.peak_bytes else {})
 
@@ -1066,7 +1066,8 @@ def upgrade_command(
     made = _write(upgraded, out, format, dtype, max_rank, compact)
     counts = dict(inputs=len(questions), labelled=len(labelled)) if questions else {}
     facts = dict(facts=_facts(upgraded.card)) | _brought(upgraded) | dict(skipped=skipped_by_reason(upgraded))
-    found = facts | counts | _costs(run) | dict(out=str(out)) | made
+    costs = _costs(run) if training else {}
+    found = facts | counts | costs | dict(out=str(out)) | made
     return found | (_judged(upgraded.card) if run.chances else {}) | _how_to_measure(new, out, prompts[1])
 
 # %% ../nbs/reference/cli.ipynb #clconv2
