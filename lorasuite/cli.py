@@ -627,7 +627,6 @@ def _how_to_measure(
     words = shlex.join(['lorasuite', 'evaluate', str(new), '--adapter', str(out), *asked])
     return dict(measure=words.replace('\n', '\\n').replace('\t', '\\t') + ' --data FILE')
 
-
 # %% ../nbs/reference/cli.ipynb #brings1
 def _brings_tokens(source, old:str, new:str) -> bool:
     "Will tokens be added to the new model?"

@@ -415,7 +415,6 @@ def _enlarge_tables(
         W = decoder.model.get_submodule(path).weight.data
         W[known:] = W[:known].mean(0, dtype=torch.float32)
 
-
 # %% ../../nbs/reference/added_tokens.ipynb #atwear02
 @checked()
 def with_tokens(
