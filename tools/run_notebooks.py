@@ -1,6 +1,7 @@
 "Execute notebooks, all of nbs/ or those named, each in an empty directory, and save them; with `--check` save nothing."
 import argparse, os, sys, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,6 +10,8 @@ from execnb.nbio import nb2str, read_nb
 from execnb.shell import CaptureShell
 from nbdev.clean import clean_nb
 from notebooks import is_skipped, notebooks, skips_execution
+
+SLOW_IMPORTS = ['torch', 'transformers', 'peft', 'datasets', 'matplotlib.pyplot', 'pandas'] # once for all
 
 def run_cell(shell, cell):
     "Execute `cell`, keeping all its outputs but stderr"
@@ -48,10 +51,10 @@ def run_notebook(path, keep):
     if keep and not error: save(nb, path)
     return error
 
-def run_apart(path, keep):
+def run_apart(path, keep, context):
     "Execute the notebook at `path` in a process of its own; return what went wrong, if anything"
     start = time.time()
-    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         error = pool.submit(run_notebook, path, keep).result()
     print(f'{path} ({"failed" if error else f"{time.time() - start:.0f} s"})', flush=True)
     return error
@@ -67,6 +70,8 @@ if __name__ == '__main__':
     args = arguments()
     paths = [p.resolve() for p in args.paths or notebooks()]
     paths = [p for p in paths if not skips_execution(p)]
+    context = get_context('forkserver')
+    context.set_forkserver_preload(SLOW_IMPORTS)
     with ThreadPoolExecutor(args.workers) as pool:
-        errors = list(pool.map(run_apart, paths, [not args.check]*len(paths)))
+        errors = list(pool.map(partial(run_apart, keep=not args.check, context=context), paths))
     if any(errors): sys.exit('\n'.join(filter(None, errors)))
