@@ -4,17 +4,18 @@ One model of 135M parameters is upgraded to enlargements of itself; its adapter 
 """
 from real import ADAPTER, CACHE, CPU, enlarge, MODEL, prepare, say, train
 import random
-from functools import cached_property
+from functools import cached_property, partial
 from pydoc_data.topics import topics
 from tqdm.auto import tqdm
 from lorasuite.core.adapter import Adapter
 from lorasuite.core.files import atomic_directory, data_dir
 from lorasuite.core.loading import load_model
 from lorasuite.core.model import Decoder
+from lorasuite.stages.drift import take_back_drift
 from lorasuite.training.evaluate import bits_per_byte
 from lorasuite.training.trainer import fit
 from lorasuite.lab.experiments import record_experiment
-from lorasuite.lab.recipes import Experiment, METHODS
+from lorasuite.lab.recipes import Experiment, Method, METHODS, START_ADAPTERS, start_adapter
 from lorasuite.lab.search import method_search, tune_and_test
 from lorasuite.lab.store import collect, read_records
 from lorasuite.lab.upgrades import weight_change
@@ -27,13 +28,26 @@ LARGER = PLACE/'enlarged'
 STEPS, BATCH, LENGTH = 100, 4, 128                  # of the further training
 SEEDS = range(3)
 FIRST = 'gentle'                                    # the upgrade with all methods; on the others those of `SOME`
-SOME = ('base', 'rescaled', 'carried')
-UNTRAINED = ('base', 'cross_lora', 'paper', 'rescaled', 'random', 'carried', 'refitted')
+BACK = {'drift': 8, 'drift-64': 64}                 # method: ranks of the drift to take back
+SOME = ('base', 'rescaled', 'carried', *BACK)
+UNTRAINED = ('base', 'cross_lora', 'paper', 'rescaled', 'random', 'carried', 'refitted', *BACK)
+TRIED = METHODS | {name: Method(name) for name in BACK} | {
+    'carried+100': Method('carried', 100),
+    'carried+refresh': Method('carried', teacher=True)}
+FRESH = [(20, lr) for lr in (1e-4, 3e-4, 1e-3, 3e-3)] + [(40, lr) for lr in (3e-4, 1e-3)]
 GRIDS = {                                           # method: steps and learning rates to try
-    'lora-100': [(20, lr) for lr in (1e-4, 3e-4, 1e-3, 3e-3)],
-    'refitted+100': [(0, 0.)] + [(20, lr) for lr in (1e-4, 3e-4, 1e-3)],
-    'refitted+refresh': [(20, lr) for lr in (1e-4, 3e-4, 1e-3)],
+    'lora-100': FRESH,
+    'paper+100': FRESH,
+    'carried+100': [(0, 0.)] + [(20, lr) for lr in (1e-4, 3e-4, 1e-3)],
+    'carried+refresh': [(20, lr) for lr in (1e-4, 3e-4, 1e-3)],
     'lora-all': [(40, lr) for lr in (1e-4, 3e-4, 1e-3, 3e-3)]}
+
+def without_drift(experiment:Experiment, seed:int, rank:int) -> Adapter:
+    "The carried adapter with some ranks of the drift taken back"
+    carried = start_adapter(experiment, 'carried', seed)
+    return take_back_drift(carried, experiment.alignment, experiment.old, experiment.new, rank)
+
+START_ADAPTERS |= {name: partial(without_drift, rank=rank) for name, rank in BACK.items()}
 
 def documents() -> tuple[list[str], list[str]]: # to train on, held out
     "Python's own documentation, which every Python has"
@@ -95,12 +109,12 @@ def plan(experiment:Experiment, do, rows:list[dict]):
         def go(name):
             def run(*how):
                 bar.set_description(f'{experiment.upgrade}: {name}')
-                do(name, METHODS[name], *how)
+                do(name, TRIED[name], *how)
                 bar.update()
             return run
         for name in untrained: go(name)('test', 0, 0., 0)
         for name, grid in grids.items():
-            tune_and_test(method_search(name, METHODS[name], grid), go(name), rows, SEEDS)
+            tune_and_test(method_search(name, TRIED[name], grid), go(name), rows, SEEDS)
 
 def main():
     say('SmolLM2-135M from its wheel')

@@ -338,7 +338,7 @@ _Plain = Annotated[Optional[int], typer.Option(
     min=1, help='write a DoRA as the nearest LoRA of this rank, for programs that do not read DoRA')]
 _DriftRank = Annotated[Optional[int], typer.Option(
     min=1, help='between related models, with or without --inputs: let modules do again what the old ones did, by so '
-                'many ranks more (8 is a good start; costs some of what the new base knows)')]
+                'many ranks more (8 is a good start, 64 after hard training; costs some of what the new base knows)')]
 _Questions = Annotated[Optional[str], typer.Option(
     '--inputs', help='questions of the task, as --data has them; answers in them are not read. The old specialist '
                      'answers, and the carried adapter learns from its answers')]
