@@ -1,5 +1,6 @@
 """Each block is fetched once for all texts; wide models are computed in 32 and 16 bits with the same maps"""
 import threading
+from pathlib import Path
 import pytest, torch
 from models import effect_error, error
 from lorasuite.core import block, streaming
@@ -116,6 +117,13 @@ def test_weights_are_mapped_from_files_that_were_there(tmp_path):
     weights = FileWeights(dict(up=decoder.module(0, 'up').weight.detach(), here=torch.ones(3)))
     assert {*weights} == {'up', 'here'}
     assert weights['here'].tolist() == [1, 1, 1]
+
+def test_a_file_of_many_weights_is_opened_once(monkeypatch):
+    mapped = load_model('zoo/new', torch.device('cpu'), lazy=True)
+    weights, opened, open_ = {role: stored_weight(mapped.module(0, role)) for role in 'qkvo'}, [], Path.open
+    monkeypatch.setattr(Path, 'open', lambda path, *args, **how: opened.append(path.name) or open_(path, *args, **how))
+    found = FileWeights(weights)
+    assert len(found.places) == len(weights) and opened.count('model.safetensors') == 1
 
 def test_only_what_is_compared_is_read():
     old, new = (load_model(name) for name in ('zoo/old', 'zoo/new'))

@@ -111,7 +111,8 @@ class FileWeights(Mapping):
         weights:Mapping[str, Tensor], # by name; those that lie in memory stay there
     ):
         places = _places_in_files(weights)
-        self.files = {file: file.open('rb') for file, _ in places.values()} # open, so that none is taken for another
+        used = {file for file, _ in places.values()}
+        self.files = {file: file.open('rb') for file in used} # open, so that none is taken for another
         for file in self.files.values(): weakref.finalize(self, file.close)
         self.places = {name: (*place, weights[name].dtype, weights[name].shape) for name, place in places.items()}
         self.kept = {name: W for name, W in weights.items() if name not in places}
