@@ -1,4 +1,4 @@
-.PHONY: demo test docs notebooks readme style zoo experiments budgets real hop minutes attribution runtimes census census-oldest bench gpu clean
+.PHONY: demo test docs notebooks readme style zoo experiments budgets real hop minutes attribution stranger runtimes census census-oldest bench gpu clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -52,7 +52,7 @@ experiments: .venv/library
 budgets: .venv/library
 	$(BIN)/python -m lorasuite.lab.budgets && $(BIN)/python -m lorasuite.lab.starts
 
-real hop minutes attribution: .venv/library
+real hop minutes attribution stranger: .venv/library
 	$(BIN)/python benchmarks/$@.py
 
 bench gpu: .venv/library

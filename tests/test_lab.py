@@ -190,15 +190,6 @@ def test_the_search_picks_what_the_starts_tested():
             tuning = starts.start_search(task, start)
             assert settings_tested(recorded, tuning) == {best_setting(tuning, recorded)}, (task, start)
 
-def test_the_search_picks_what_the_real_upgrade_tested():
-    recorded = read_records(data_dir()/'hop.json')['runs']
-    gentle = select_runs(recorded, hop='gentle')
-    names = {row['way'] for row in select_runs(gentle, split='validation')}
-    assert len(names) == 4
-    for name in names:
-        tuning = method_search(name, METHODS[name])
-        assert settings_tested(gentle, tuning) == {best_setting(tuning, gentle)}, name
-
 @pytest.mark.parametrize('upgrade, chosen', dict(
     new={'lora-100': (160, .003), 'carried+100': (160, .0001), 'lora-all': (400, .003)},
     far={'lora-100': (160, .003), 'carried+100': (160, .001), 'lora-all': (400, .001)},

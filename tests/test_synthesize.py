@@ -8,7 +8,7 @@ from lorasuite.core.adapter import Adapter
 from lorasuite.core.files import own_directory
 from lorasuite.core.loading import load_model
 from lorasuite.training import synthesize as module
-from lorasuite.training.prompts import Prompts, Renderer
+from lorasuite.training.prompts import Prompts, Renderer, with_answer
 from lorasuite.training.synthesize import _sampling, question_end, question_frame, synthesize
 
 HOW = dict(longest=16, batch_size=8)
@@ -113,6 +113,44 @@ def test_an_interrupted_run_goes_on(old, specialist, monkeypatch, tmp_path):
         (tmp_path/'kept'/'drawn.json').write_text(damaged)
         with pytest.raises(ValueError, match='drawn.json is damaged'): synthesize(old, keep=tmp_path/'kept', **HOW)
 
+# ---- seeds
+
+SEEDS = [dict(instruction=f'What does Fide {verb}?', input='') for verb in ('eat', 'play')]
+
+def test_the_base_goes_on_from_what_the_specialist_answered(old, specialist, monkeypatch):
+    shown = []
+    def draw(model, tokenizer, ids, *args):
+        shown.append((tokenizer.decode(ids, skip_special_tokens=True), model is old.model))
+        return ['What does  fide eat?', f'Who is {len(shown)}?']
+    monkeypatch.setattr(module, '_draw', draw)
+    found, counts = synthesize(old, specialist, 8, seeds=SEEDS, batch_size=2)
+    both = ['Question: What does Fide eat?\nAnswer: bread', 'Question: What does Fide play?\nAnswer: lute']
+    texts = {text for text, _ in shown}
+    assert texts == {'\n\n'.join([*order, 'Question:']) for order in (both, both[::-1])}
+    assert all(base for _, base in shown) and counts['repeated'] == 8 # a seed is no new question
+    assert [e['instruction'] for e in found] == [f'Who is {i}?' for i in range(1, 9)]
+
+def test_a_chat_of_seeds_alternates(old, specialist, monkeypatch):
+    "And its instructions go to the new questions"
+    told = [dict(messages=[dict(role='system', content='Be brief.'), dict(role='user', content=e['instruction'])])
+            for e in SEEDS]
+    renderer = Renderer.of(old, Prompts(template=CHAT))
+    answered = [with_answer(e, 'x') for e in told]
+    ids, _ = question_frame(renderer, answered)
+    roles = [turn.split('>')[0] for turn in old.tokenizer.decode(ids).split('<')[1:]]
+    assert [r for r in roles if r in ('system', 'user', 'assistant')] == ['system', *['user', 'assistant']*2, 'user']
+    monkeypatch.setattr(module, 'pseudo_label', lambda *args, **how: answered)
+    monkeypatch.setattr(module, '_draw', lambda *args: ['Who?'])
+    found, _ = synthesize(old, specialist, 1, Prompts(template=CHAT), seeds=told, **HOW)
+    assert [turn['role'] for turn in found[0]['messages']] == ['system', 'user']
+
+def test_other_seeds_are_another_run(old, specialist, tmp_path):
+    whole = synthesize(old, specialist, 10, keep=tmp_path/'kept', seeds=SEEDS, **HOW)
+    assert synthesize(old, specialist, 10, keep=tmp_path/'kept', seeds=SEEDS, **HOW) == whole
+    for seeds in (SEEDS[:1], ()):
+        with pytest.raises(ValueError, match='drawn in another way'):
+            synthesize(old, specialist, 10, keep=tmp_path/'kept', seeds=seeds, **HOW)
+
 # ---- the command
 
 COMMAND = ['synthesize', 'zoo/old', 'zoo/adapter', '-n', 12, '--longest', 16, '-o']
@@ -129,14 +167,25 @@ def test_questions_for_an_upgrade(tmp_path):
     again = run(*COMMAND, out)
     assert again.exit_code == 2 and 'exists already' in again.stderr
 
+def test_seeds_stand_first(tmp_path):
+    seeds = tmp_path/'seeds.jsonl'
+    seeds.write_text(''.join(json.dumps(e | dict(output='not read')) + '\n' for e in SEEDS))
+    made = run(*COMMAND, tmp_path/'q.jsonl', '--seeds', seeds)
+    rows = [json.loads(line) for line in (tmp_path/'q.jsonl').read_text().splitlines()]
+    assert made.exit_code == 0 and rows[:2] == SEEDS and len(rows) == 14, made.output
+    idle = run(*COMMAND, tmp_path/'none.jsonl', '--columns', 'instruction=q')
+    assert idle.exit_code == 2 and '--columns cannot apply without --seeds' in idle.stderr
+    long = run(*COMMAND[:-2], 600, '-o', tmp_path/'none.jsonl', '--seeds', seeds)
+    assert long.exit_code == 2 and 'give shorter seeds (--seeds), or fewer' in long.stderr
+
 def test_an_interrupted_command_goes_on(tmp_path, monkeypatch):
     assert run(*COMMAND, tmp_path/'whole.jsonl').exit_code == 0
     with monkeypatch.context() as m:
         read, times = module._sort_out, []
-        def cut(batches, number):
+        def cut(*args):
             times.append(1)
             if len(times) == 2: raise KeyboardInterrupt
-            return read(batches, number)
+            return read(*args)
         m.setattr(module, '_sort_out', cut)
         stopped = run(*COMMAND, tmp_path/'cut.jsonl')
     assert stopped.exit_code == 130 and 'start the same command again to resume' in stopped.stderr
