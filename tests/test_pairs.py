@@ -351,6 +351,31 @@ def test_an_upgrade_with_other_settings_is_refused_before_the_alignment(tmp_path
     assert result.exit_code == 2 and 'differs from this one in lr (0.0003, now 1e-05)' in result.stderr
     assert (kept/'checkpoint-8').is_dir() and not (tmp_path/'out').exists()
 
+def test_another_upgrade_is_refused_before_the_alignment_and_says_what_differs(work, tmp_path, monkeypatch):
+    (tmp_path/'few.jsonl').write_text('{"instruction": "Who?", "output": "Kirk"}\n')
+    command = ['upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '--texts', work/'texts', '--inputs', work/'data.jsonl',
+               '--steps', 5, '--drift-rank', 4, '-o', tmp_path/'out']
+    cut(monkeypatch, command, saves=1)
+    with monkeypatch.context() as m:
+        m.setattr('lorasuite.training.upgrade.align', lambda *args, **kwargs: pytest.fail('it aligned'))
+        for more, message in ((['--drift-rank', 2], 'drift_rank (4, now 2)'),
+                              (['--longest', 32], 'longest (64, now 32)'),
+                              (['--first-line'], 'first_line (False, now True)'),
+                              (['--seed', 1], 'seed (0, now 1)'),
+                              (['--inputs', tmp_path/'few.jsonl'], 'the questions'),
+                              (['--data', tmp_path/'few.jsonl'], 'the labelled examples'),
+                              (['--prompt', '{instruction} '], 'the form of the prompts'),
+                              (['--texts', tmp_path/'few.jsonl'], 'the texts'),
+                              (['--steps', 3], 'the length of the training (5 steps, now 3 steps)')):
+            result = run(*command, *more)
+            assert result.exit_code == 2, result.output
+            assert f'differs from this one in {message}: repeat that run' in result.stderr
+        other = [work/'sibling' if word == 'zoo/old' else word for word in command]
+        result = run(*other)
+        assert result.exit_code == 2 and 'differs from this one in the old model: ' in result.stderr
+    result = run(*command)
+    assert result.exit_code == 0 and 'resumed at step 1' in result.stderr
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, interrupted):
     command, whole = interrupted
     last = tmp_path/'.out-checkpoints'/'checkpoint-4'

@@ -86,7 +86,8 @@ def test_older_files_of_tokenizers(chatty):
 
 def test_a_carried_adapter_keeps_it_for_a_model_without_one(chatty, maps, tmp_path):
     carried = carry_whole(Adapter.load(chatty), maps)
-    assert carried.chat_template == AS_TRAINED and 'kept beside it, `zoo/new` has none\n  - SHA-256 `' in carried.card
+    assert carried.chat_template == AS_TRAINED
+    assert 'kept as `chat_template.jinja`, `zoo/new` has no default one\n  - SHA-256 `' in carried.card
     carried.save(tmp_path/'out')
     assert Adapter.load(tmp_path/'out').chat_template == AS_TRAINED
     new = with_own('zoo/new', TEMPLATE)
@@ -106,7 +107,7 @@ def test_the_template_of_the_old_model_goes_along(talking, data, maps):
     "A new model without a template is asked in that of the old one, which ordinary adapters were trained in"
     template = (talking/'chat_template.jinja').read_text()
     carried, _ = upgrade(talking, 'zoo/new', 'zoo/adapter')
-    assert carried.chat_template == template and 'kept beside it, `zoo/new` has none' in carried.card
+    assert carried.chat_template == template and 'kept as `chat_template.jinja`, `zoo/new` has no' in carried.card
     maps = replace(maps, old=replace(maps.old, name=str(talking)))
     assert carry_whole(Adapter.load('zoo/adapter'), maps).chat_template == template
     gone = replace(maps, old=replace(maps.old, name='not/here'))
@@ -246,7 +247,7 @@ def test_a_named_form_leaves_the_template_behind(chatty, data):
     "Also one that lies beside the adapter, and the card does not say that it is there"
     for more in ({}, dict(inputs=data[:4], steps=1), dict(data=data[:4], steps=1)):
         upgraded, _ = upgrade('zoo/old', 'zoo/new', chatty, prompts=Prompts('qa'), **more)
-        assert not upgraded.chat_template and 'kept beside' not in upgraded.card
+        assert not upgraded.chat_template and 'kept as' not in upgraded.card
 
 def test_an_end_that_the_new_model_does_not_know_is_not_learned():
     "What is a token of the old model would be letters for the new one, which it would write behind each answer"
@@ -269,3 +270,57 @@ def test_all_that_ask_both_models_ask_the_new_one_alike(talking, data):
     found = diagnose(old, new, maps, specialist, questions)
     asked = with_template(specialist, old)
     assert found == diagnose(old, new, maps, asked, questions) and found['agreement_carried'] > .8
+
+def several_of(folder, **templates):
+    "A model directory whose tokenizer has templates with names"
+    file = folder/'tokenizer_config.json'
+    named = [dict(name=name, template=text) for name, text in templates.items()]
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(chat_template=named)))
+    return folder
+
+@pytest.mark.parametrize('wrong, why', [('{% for', 'TemplateSyntaxError'), ('{{ "hello" }}', 'does not write what is')])
+def test_a_template_that_cannot_be_used_is_left_out_of_a_carry(chatty, talking, maps, tmp_path, wrong, why):
+    "By name, in the output and in the card, whether the adapter has it or its model"
+    (chatty/'chat_template.jinja').write_text(wrong)
+    (talking/'chat_template.jinja').write_text(wrong)
+    maps.save(tmp_path/'maps')
+    for out, command in (('a', ['upgrade', 'zoo/old', 'zoo/new', chatty]), ('b', ['transfer', chatty, tmp_path/'maps']),
+                         ('c', ['upgrade', talking, 'zoo/new', 'zoo/adapter'])):
+        done = run(*command, '-o', tmp_path/out)
+        assert done.exit_code == 0 and 'old specialist: left out, it cannot be used (`' in done.stdout
+        assert f'the chat template that {command[-1] if out != "b" else chatty} is asked in cannot be' in done.stderr
+        assert why in done.stderr and why in (tmp_path/out/'README.md').read_text()
+        assert not (tmp_path/out/'chat_template.jinja').exists()
+    with pytest.warns(UserWarning, match=why): carried = carry_whole(Adapter.load(chatty), maps)
+    assert not carried.chat_template
+
+def test_a_new_model_with_several_templates_and_no_default(talking, tmp_path):
+    "It is asked like one without any, in the old one's template; without that, the message names what helps"
+    new = several_of(shutil.copytree(ZOO/'new', tmp_path/'several'), rag=TEMPLATE, tools=TEMPLATE)
+    few = tmp_path/'q.jsonl'
+    few.write_text(json.dumps(QUESTION) + '\n')
+    taught = ('--inputs', few, '--steps', 1)
+    assert run('upgrade', talking, new, 'zoo/adapter', *taught, '-o', tmp_path/'a').exit_code == 0
+    assert Adapter.load(tmp_path/'a').chat_template == (talking/'chat_template.jinja').read_text()
+    assert f'`{new}` has no default one' in (tmp_path/'a'/'README.md').read_text()
+    done = run('upgrade', 'zoo/old', new, 'zoo/adapter', *taught, '-o', tmp_path/'b')
+    assert done.exit_code == 2 and '(rag, tools), and none is called default: give' in done.stderr
+    assert '--chat-template FILE, or OLD,NEW' in done.stderr and 'plain prompt (--prompt)' in done.stderr
+    (tmp_path/'t.jinja').write_text(TEMPLATE)
+    for more in (['--chat-template', f',{tmp_path}/t.jinja'], ['--prompt', 'qa']):
+        done = run('upgrade', 'zoo/old', new, 'zoo/adapter', *taught, *more, '-o', tmp_path/more[0])
+        assert done.exit_code == 0, done.output
+
+def test_the_card_says_what_lies_beside_its_adapter(chatty, data, maps):
+    "A later training in another form leaves the template out, or puts its own there"
+    new, carried = load_model('zoo/new'), carry_whole(Adapter.load(chatty), maps)
+    kept = 'kept as `chat_template.jinja`'
+    for train in (refresh, finetune):
+        same, _ = train(new, data[:4], carried, steps=1)
+        plain, _ = train(new, data[:4], same, steps=1, prompts=Prompts('qa'))
+        given, _ = train(new, data[:4], same, steps=1, prompts=Prompts(template=TEMPLATE))
+        assert [x.card.count(kept) for x in (carried, same, plain, given)] == [1, 2, 0, 1]
+        assert plain.card.count('not kept here') == 2 and f'{kept}, SHA-256 `{SHA256}`' in given.card
+    specialist, forms = Adapter.load(chatty), (None, Prompts('qa'))
+    refitted = best_refit(specialist, maps, load_model('zoo/old'), new, data[:6], prompts=forms)
+    assert not refitted.chat_template and kept not in refitted.card

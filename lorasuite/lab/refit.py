@@ -17,6 +17,7 @@ from ..core.model import Decoder
 from ..core.settings import checked
 from ..stages.alignment import Alignment, Pair
 from ..stages.block_maps import split_role
+from ..stages.card import without_template
 from ..stages.cka import matching_rows, read_texts
 from ..stages.transfer import group_by_module, in_float32, split_by_role, transfer, transfer_updates
 from ..training.evaluate import agreement, evaluate
@@ -193,8 +194,10 @@ def _asked_lines(
     inputs:list[dict],          # that were put to them
 ) -> str:
     "What the card says of how both models were asked"
-    asked = ((side, asked_line(renderer, inputs)) for side, renderer in (('old', old), ('new', new)))
-    return ''.join(f'- the {side} model, asked for the refit: {line[0].lower()}{line[1:]}\n' for side, line in asked)
+    asked = dict(old=asked_line(old, inputs), new=asked_line(new, inputs))
+    if old.kept != new.kept: asked['old'] = without_template(asked['old'])
+    said = (f'- the {side} model, asked for the refit: {line[0].lower()}{line[1:]}\n' for side, line in asked.items())
+    return ''.join(said)
 
 # %% ../../nbs/course/19_refit.ipynb #bcc670ca
 @checked()

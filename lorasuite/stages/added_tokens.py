@@ -20,12 +20,12 @@ from ..core.containers import read_beside
 from ..core.files import locate
 from ..core.loading import load_model, load_skeleton
 from ..core.model import Decoder, model_info, ModelInfo
-from ..core.names import shortened
+from ..core.names import code_span, printable, shortened
 from ..core.settings import checked
 from ..core.streaming import stored_weight
 from ..core.tokens import bytes_to_id
 from .alignment import Alignment
-from .card import code_span
+from .card import KEPT
 from .embeddings import check_widths, ends_of_rows, map_rows, NO_ROWS
 
 # %% ../../nbs/reference/added_tokens.ipynb #attab002
@@ -332,7 +332,8 @@ def add_tokens(
 ) -> Adapter: # with the tokenizer that its directory gets
     "Give a carried adapter the tokens that the new model does not have"
     new, paths = load_model(new, lazy=True), alignment.new.embedding_paths
-    tokenizer, ids = _extended(new.tokenizer, tokens.tokens, tokens.chat_template)
+    template = tokens.chat_template if carried.chat_template else None # what was left out stays out
+    tokenizer, ids = _extended(new.tokenizer, tokens.tokens, template)
     size = _size(tokenizer, new.vocab)
     rows, lost = _place_rows(carried, tokens, ids, alignment)
     whole = {f'{paths[end]}.weight': _whole_table(end, tokens, ids, size, alignment, new) for end in tokens.changes}
@@ -369,6 +370,23 @@ def with_template(
     try: return replace(adapter, chat_template=default_template(model))
     except (OSError, ValueError): return adapter
 
+# %% ../../nbs/reference/added_tokens.ipynb #atfault2
+_QUESTION, _ANSWER = 'loraquestion', 'loraanswer'
+
+def _template_fault(
+    source:str,                         # a chat template
+    model:str|os.PathLike|Decoder,      # whose tokens it is filled with
+) -> str: # empty where there is none
+    "Why a chat template cannot write a question and its answer"
+    tokenizer, fault = (model if isinstance(model, Decoder) else load_skeleton(model)).tokenizer, ''
+    for form in (str, lambda text: [dict(type='text', text=text)]):
+        turns = [dict(role=role, content=form(text)) for role, text in (('user', _QUESTION), ('assistant', _ANSWER))]
+        try: text = tokenizer.apply_chat_template(turns, chat_template=source, tokenize=False)
+        except Exception as e: fault = fault or f'{type(e).__name__}: {e}'
+        else:
+            if _QUESTION in text and _ANSWER in text: return ''
+    return fault or 'it does not write what is said'
+
 # %% ../../nbs/reference/added_tokens.ipynb #attempl2
 @checked()
 def keep_template(
@@ -376,17 +394,24 @@ def keep_template(
     adapter:Adapter,                # that it was carried from, as `with_template` gives it
     new:str|os.PathLike|Decoder,    # the new model
 ) -> Adapter: # the same where the old adapter has no template, or the new model is not on this machine
-    "A carried adapter with the chat template of the old one, if the new model has none; its card says so"
-    if not adapter.chat_template: return carried
-    try: own = default_template(new)
+    "A carried adapter with the chat template of the old one, if the new model has no default one; its card says so"
+    source = adapter.chat_template
+    if not source: return carried
+    try:
+        own = default_template(new)
+        fault = '' if own else _template_fault(source, new)
     except (OSError, ValueError): return carried
-    if own == adapter.chat_template: return carried
+    if own == source: return carried
     model = code_span(carried.base)
     said = f'{carried.card}- chat template of the old specialist'
     if own: return replace(carried, card=f'{said}: left out, {model} has its own\n')
-    sha256 = hashlib.sha256(adapter.chat_template.encode()).hexdigest()
-    card = f'{said}: kept beside it, {model} has none\n  - SHA-256 `{sha256}`\n'
-    return replace(carried, chat_template=adapter.chat_template, card=card)
+    sha256 = hashlib.sha256(source.encode()).hexdigest()
+    kept = f'{said}: {KEPT}, {model} has no default one\n  - SHA-256 `{sha256}`\n'
+    if not fault: return replace(carried, chat_template=source, card=kept)
+    name = adapter.source.get('name') or 'the old specialist'
+    warnings.warn(f'the chat template that {name} is asked in cannot be used ({printable(fault, 160)}) and is left '
+                  'out: name a form where the new one is asked (--prompt, or --chat-template FILE)')
+    return replace(carried, card=f'{said}: left out, it cannot be used ({code_span(fault)})\n  - SHA-256 `{sha256}`\n')
 
 # %% ../../nbs/reference/added_tokens.ipynb #atfore02
 @checked()

@@ -79,7 +79,8 @@ def finetune(
         run = fit(model, rows, decoder.tokenizer, steps, lr, batch_size, callbacks=tuners, **kwargs)
         for tuner in tuners: tuner.finish()
         tuned = Adapter.from_peft(model)
-    card = tuned_card(adapter, decoder.name, _tuning_line(len(data), len(run), lr, asked_line(renderer, data)))
+    line = _tuning_line(len(data), len(run), lr, asked_line(renderer, data))
+    card = tuned_card(adapter, decoder.name, line, template=renderer.kept)
     modules = weight_names(decoder.model).all_modules()
     return replace(tuned, base=decoder.name, layers=decoder.layers, card=card, skipped=adapter.skipped,
                    modules=modules, weights=adapter.weights, tokenizer=adapter.tokenizer,

@@ -23,6 +23,7 @@ from ..core.names import code_span
 from ..core.tokens import check_ids
 from ..core.settings import check_types, checked
 from ..stages.added_tokens import with_template
+from ..stages.card import KEPT
 
 # %% ../../nbs/reference/prompts.ipynb #checkexample1
 def _is_turn(turn) -> bool:
@@ -737,9 +738,8 @@ def _brought_template(
 ) -> str: # empty where the model's own serves
     "The chat template that adapters bring to a model"
     own = tokenizer.chat_template
-    if adapter and adapter.chat_template:
-        same = adapter.chat_template == (own.get('default') if isinstance(own, dict) else own)
-        return '' if same else adapter.chat_template
+    if isinstance(own, dict): own = own.get('default')
+    if adapter and adapter.chat_template: return '' if adapter.chat_template == own else adapter.chat_template
     return origin.chat_template if origin and not own else ''
 
 # %% ../../nbs/reference/prompts.ipynb #severtm1
@@ -752,7 +752,8 @@ def _check_default(
     own = tokenizer.chat_template
     if given or not isinstance(own, dict) or 'default' in own: return
     raise ValueError(f'{name} has several chat templates ({", ".join(own)}), and none is called default: give the one '
-                     'that it shall be asked with (--chat-template FILE)')
+                     'that it shall be asked with (--chat-template FILE, or OLD,NEW where two models are asked), or a '
+                     'plain prompt (--prompt)')
 
 # %% ../../nbs/reference/prompts.ipynb #768f0e3b
 class Renderer:
@@ -924,7 +925,7 @@ def asked_line(
     written = not renderer.template and all('prompt' in e and _as_it_stands(renderer, e) for e in examples)
     if examples and written: return 'Form of the prompts: as they stand in the data.'
     sha256 = hashlib.sha256(renderer.kept.encode()).hexdigest()
-    kept = f', kept as `chat_template.jinja`, SHA-256 `{sha256}`' if renderer.kept else ''
+    kept = f', {KEPT}, SHA-256 `{sha256}`' if renderer.kept else ''
     return f'Form of the prompts: {code_span(renderer)}{kept}.'
 
 # %% ../../nbs/reference/prompts.ipynb #placeth1

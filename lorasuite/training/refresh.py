@@ -558,10 +558,10 @@ def refresh(
     if not learned: raise ValueError('nothing to learn from: give teacher data or labelled examples')
     renderer = Renderer.of(decoder, prompts, adapter, specialist)
     rows, loss = student_targets(learned + [*validation], decoder.tokenizer, soft, renderer)
-    kwargs |= dict(loss=loss, validation=rows[len(learned):])
+    kwargs |= dict(loss=loss, validation=rows[len(learned):], prompts=renderer.prompts)
     tuned, losses = finetune(decoder, rows[:len(learned)], adapter, **kwargs)
     if not losses: return tuned, losses
     note = (f'Refreshed on {len(answered):,} answers of the old specialist and {len(labelled):,} labelled examples: '
             f'{len(losses):,} steps. {asked_line(renderer)}')
-    card = tuned_card(adapter or Adapter({}), decoder.name, note, specialist)
+    card = tuned_card(adapter or Adapter({}), decoder.name, note, specialist, renderer.kept)
     return replace(tuned, card=card, chat_template=renderer.kept), losses

@@ -97,7 +97,7 @@ def learn_lessons(
     progress:bool=False,    # show a progress bar?
     say:Callable|None=None, # told in a line what a round of the training has brought
     spent:float=0.,         # seconds of the budget that the lessons took
-    origin:str|None=None,   # hash of what the start was made from; of its numbers by default
+    origin:dict[str, str]|None=None, # what the start was made from: its value or hash; its numbers by default
 ) -> tuple[Adapter, Run]: # the refreshed adapter, the loss at every step
     "Teach the new model what a specialist says, for so many steps or passes, or in rounds"
     rank = max((len(A) for A, _ in specialist.updates.values()), default=8)

@@ -146,13 +146,13 @@ def hash_tensors(
 
 # %% ../../nbs/reference/trainer.ipynb #43a7a1ff
 def _describe_start(
-    model:torch.nn.Module,  # to be trained
-    start:str|None,         # what its trained parameters came from, where their rounding may differ
-) -> dict[str, str]: # what: hash
+    model:torch.nn.Module,      # to be trained
+    start:dict[str, str]|None,  # what its trained parameters came from, where their rounding may differ
+) -> dict[str, str]: # what: its value or hash
     "What a model is before a training"
     frozen = [p for p in model.parameters() if not p.requires_grad]
     trained = [p for p in model.parameters() if p.requires_grad]
-    return {'base model': hash_tensors([*frozen, *model.buffers()]), 'start': start or hash_tensors(trained)}
+    return {'base model': hash_tensors([*frozen, *model.buffers()])} | (start or {'start': hash_tensors(trained)})
 
 # %% ../../nbs/reference/trainer.ipynb #dbcd00a7
 def _hash_rows(
@@ -184,7 +184,10 @@ def _claim_checkpoints(
 # %% ../../nbs/reference/trainer.ipynb #d5eab2f8
 _NAMED = {'base model': 'the base model', 'start': 'the start', 'data': 'the data', 'validation': 'the validation data',
           'method': 'the way of training', 'prompt': 'the prompt', 'loss': 'what is learned of the lessons',
-          'lr_scheduler_type': 'the schedule'} # other settings have the names that the caller gave them
+          'lr_scheduler_type': 'the schedule', 'old model': 'the old model', 'new model': 'the new model',
+          'adapter': 'the adapter', 'texts': 'the texts', 'alignment': 'the method of the alignment',
+          'inputs': 'the questions', 'labelled': 'the labelled examples', 'prompts': 'the form of the prompts',
+          'length': 'the length of the training'} # other settings have the names that the caller gave them
 
 def _differences(
     names:list[str],                # of what differs; empty where nothing is known
@@ -193,6 +196,7 @@ def _differences(
 ) -> str:
     "What differs between two runs, with the values that are short"
     if 'prompt' in names: names = [name for name in names if name not in ('data', 'validation')] # written with it
+    if 'length' in names: names = [name for name in names if name != 'steps']
     if 'method' in names: names = [name for name in names if name not in ('base model', 'start')] # both hash its parts
     def values(name):
         both = claimed.get(name, 'none'), claim.get(name, 'none')
@@ -476,7 +480,7 @@ def _timed_run(
 # %% ../../nbs/reference/trainer.ipynb #d7edc7d2
 def _claim(
     model:torch.nn.Module,              # to be trained
-    start:str|None,                     # what its trained parameters came from
+    start:dict[str, str]|None,          # what its trained parameters came from
     rows:Sequence[dict]|Dataset,        # encoded examples
     validation:Sequence[dict]|None,     # encoded examples
     callbacks:Sequence[TrainerCallback],# besides those of `Trainer`
@@ -509,7 +513,7 @@ def fit(
     pack:bool=False,                    # lay examples end to end? `ValueError` if the model cannot keep them apart
     validation:Sequence[dict]|None=None,# encoded; their loss is measured at the start and ten times on the way
     checkpoints:str|os.PathLike|None=None, # where an interrupted run is resumed; `ValueError` if another run's
-    start:str|None=None,                # hash of what the start was made from; of its numbers by default
+    start:dict[str, str]|None=None,     # what the start was made from: its value or hash; its numbers by default
     prompt:str='',                      # how the model was asked in the rows, for the claim
     callbacks:Sequence[TrainerCallback]=(), # of `Trainer`, besides its own
     progress:bool=False,                # show a progress bar?

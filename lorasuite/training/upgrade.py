@@ -7,13 +7,15 @@ __all__ = ['check_prompts', 'upgrade']
 
 # %% ../../nbs/reference/upgrade.ipynb #476d94e0
 import hashlib, os, time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from datasets import Dataset
+from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.files import check_free
-from ..core.loading import load_model, load_skeleton
+from ..core.loading import load_model, load_skeleton, weight_hashes
 from ..core.model import Decoder, model_info
 from ..stages.added_tokens import add_tokens, AddedTokens, base_with_tokens
 from ..stages.added_tokens import keep_template, take_tokens
@@ -24,6 +26,7 @@ from ..stages.transfer import check_plain, transfer
 from ..stages.whole_weights import weights_to_updates
 from .finetune import finetune
 from .prompts import ask_all, encode_all, in_own_form, Prompts, prompts_of_both, renderers_of_both
+from .refresh import ADAPTER_PARTS
 from .refresh_many import keep_lessons, learn_lessons, RefreshOptions
 from ..core.settings import checked
 from .trainer import check_settings, hash_tensors, Run
@@ -49,18 +52,43 @@ def check_prompts(
     return dict(old=str(first), new=str(second))
 
 # %% ../../nbs/reference/upgrade.ipynb #299090a0
+def _hash(
+    what, # of which `repr` tells all
+) -> str: # 64 hexadecimal digits
+    "A hash of a value"
+    return hashlib.sha256(repr(what).encode()).hexdigest()
+
+# %% ../../nbs/reference/upgrade.ipynb #upghash4
+def _tensors(
+    adapter:Adapter, # any
+) -> Iterator[Tensor]:
+    "All numbers of an adapter, in the order of their names"
+    for part in ADAPTER_PARTS:
+        for _, x in sorted(getattr(adapter, part).items(), key=itemgetter(0)):
+            yield from x if isinstance(x, tuple) else (x,)
+
+# %% ../../nbs/reference/upgrade.ipynb #upgorig2
 def _origin(
     adapter:Adapter,        # of the old model
-    alignment:Alignment,    # of the old model with the new
-    *settings,              # what else decides the result, such as the texts
-) -> str|None: # a hash; `None` for models in memory, of which no file tells
-    "What a transferred adapter was made of"
-    old, new = alignment.old.sha256, alignment.new.sha256
-    if not (old and new): return None
-    pairs = sorted((adapter.updates | adapter.embeddings | adapter.rows).items())
-    tensors = hash_tensors([*(t for _, pair in pairs for t in pair), *adapter.magnitudes.values(),
-                            *adapter.biases.values()])
-    return hashlib.sha256(repr((old, new, tensors, alignment.method, settings)).encode()).hexdigest()
+    old:str|os.PathLike|Decoder, # the old model
+    new:str|os.PathLike|Decoder, # the new model
+    hashed:dict,            # what else decides the result, such as the texts
+    told:dict,              # settings, whose values a message can tell
+) -> dict[str, str]|None: # what: its value or hash; `None` for models in memory, of which no file tells
+    "What an upgrade is made of"
+    names = [model.name if isinstance(model, Decoder) else model for model in (old, new)]
+    models = dict(zip(('old model', 'new model'), map(weight_hashes, names)))
+    if not all(models.values()): return None
+    hashed = models | dict(adapter=hash_tensors(_tensors(adapter))) | hashed
+    return {what: _hash(x) for what, x in hashed.items()} | {what: str(x) for what, x in told.items()}
+
+# %% ../../nbs/reference/upgrade.ipynb #upglen02
+def _length(
+    settings:dict, # of a training
+) -> str:
+    "How long it was asked to be"
+    asked = (f'{settings[name]} {name}' for name in ('steps', 'epochs') if settings.get(name) is not None)
+    return next(asked, 'by default')
 
 # %% ../../nbs/reference/upgrade.ipynb #upglearn2
 def _ask_specialist(
@@ -83,7 +111,7 @@ def _refresh_carried(
     inputs:list[dict],              # questions
     data:list[dict],                # labelled examples
     options:RefreshOptions,         # of the refresh
-    origin:str|None,                # hash of what the carried adapter was made of
+    origin:dict[str, str]|None,     # what the run is made of, as `_origin` tells
     checkpoints:Path|None,          # where an interrupted run is resumed
     progress:bool,                  # show progress bars?
     say:Callable[[str], None],      # is told how the work goes
@@ -169,8 +197,12 @@ def upgrade(
     specialist = adapter = in_own_form(adapter, old, prompts)
     options = _refresh_options(inputs, data, prompts, kwargs)
     if checkpoints: check_free(Path(checkpoints))
-    if checkpoints: check_settings(checkpoints, kwargs)
     asked = check_prompts(old, new, data or [], inputs or [], prompts, adapter)
+    hashed = dict(texts=texts, inputs=inputs or [], labelled=data or [], prompts=(prompts, adapter.chat_template))
+    told = dict(alignment=method, plain_rank=plain_rank, drift_rank=drift_rank, length=_length(kwargs))
+    if options: told |= {name: getattr(options, name) for name in ('soft', 'longest', 'first_line')}
+    origin = _origin(adapter, old, new, hashed, told) if checkpoints and (data or inputs) else None
+    if checkpoints: check_settings(checkpoints, kwargs | (origin or {}))
     if (form := prompts_of_both(prompts)[1]) and form.named: adapter = replace(adapter, chat_template='')
     with naming_base(adapter, old, new): adapter, tokens = take_tokens(adapter, old, new)
     check_base(adapter, old, to_carry=True, new=new)
@@ -179,8 +211,6 @@ def upgrade(
     alignment = align(old, new, texts, method, progress=progress)
     upgraded = _carry(adapter, tokens, alignment, old, new, plain_rank, drift_rank, progress)
     if not (data or inputs): return upgraded, Run()
-    brought = tokens and hash_tensors([*tokens.rows.values(), *tokens.changes.values()])
-    origin = _origin(adapter, alignment, texts, brought, plain_rank, drift_rank)
     shared = dict(checkpoints=checkpoints and Path(checkpoints), progress=progress)
     if options:
         for side, form in asked.items(): say(f'prompt of the {side} model: {form}')
