@@ -13,7 +13,8 @@ def stranger(monkeypatch, tmp_path):
     import stranger
     data = {split: [*load_data(f'zoo/{file}.jsonl')][:40] for split, file in
             dict(train='train', inputs='train', validation='test', test='test').items()}
-    parts = dict(old=load_model('zoo/old'), new=load_model('zoo/stranger'), source=Adapter.load('zoo/adapter'), data=data)
+    models = dict(old=load_model('zoo/old'), new=load_model('zoo/stranger'))
+    parts = models | dict(source=Adapter.load('zoo/adapter'), data=data)
     for name, value in parts.items(): monkeypatch.setattr(stranger.Stranger, name, value)
     monkeypatch.setattr(stranger, 'CACHE', tmp_path)
     monkeypatch.setattr(stranger, 'SEEDS', range(1))
