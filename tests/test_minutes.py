@@ -43,3 +43,16 @@ def test_ways_that_need_a_related_pair(minutes):
             for n in (16, None)]
     ways = {way for way, *_ in minutes.runs_of(few(minutes, 'stranger'), rows)}
     assert not ways & {'carried', 'drift', 'drift refreshed', 'refitted'} and 'refreshed' in ways
+
+def test_refreshes_of_the_real_pair_have_the_best_rates(minutes, monkeypatch):
+    "From either start its own; of equal ones the lowest"
+    monkeypatch.setattr(minutes, 'TUNED', 'new-far')
+    rows, best = [], {'refreshed': (3e-4, 1e-3), 'drift refreshed': (1e-4,)}
+    for way, split, questions, steps, lr, _ in minutes.runs_of(few(minutes, 'new-far'), rows):
+        accuracy = .9 if lr in best.get(way, ()) else .5
+        rows.append(dict(pair='new-far', way=way, split=split, questions=questions, steps=steps, lr=lr,
+                         accuracy=accuracy))
+    rates = {way: {r['lr'] for r in rows if (r['way'], r['split']) == (way, 'test')} for way in
+             ('refreshed', 'drift refreshed', 'rounds', 'seeded', 'written')}
+    assert rates == {'refreshed': {3e-4}, 'drift refreshed': {1e-4}, 'rounds': {3e-4}, 'seeded': {3e-4},
+                     'written': {3e-4}}
