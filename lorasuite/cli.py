@@ -338,8 +338,9 @@ _Compact = Annotated[bool, typer.Option(
 _Plain = Annotated[Optional[int], typer.Option(
     min=1, help='write a DoRA as the nearest LoRA of this rank, for programs that do not read DoRA')]
 _DriftRank = Annotated[Optional[int], typer.Option(
-    min=1, help='between related models, with or without --inputs: let modules do again what the old ones did, by so '
-                'many ranks more (8 is a good start, 64 after hard training; costs some of what the new base knows)')]
+    min=1, help='take back what the training of the new base has changed in each module, as far as so many ranks can '
+                '(8 is a good start, 64 after hard training). For related models only, with or without --inputs; the '
+                'adapter grows by these ranks, and some of what the new base has learned is lost')]
 _Questions = Annotated[Optional[str], typer.Option(
     '--inputs', help='questions of the task, as --data has them; answers in them are not read. The old specialist '
                      'answers, and the carried adapter learns from its answers')]
@@ -364,9 +365,10 @@ _Epochs = Annotated[float, typer.Option(min=0, help='passes over the data')]
 _Passes = Annotated[Optional[float], typer.Option(
     '--epochs', min=0, help='passes over the lessons, instead of rounds')]
 _Budget = Annotated[Optional[str], typer.Option(
-    metavar='TIME', help='for lessons and training, not for loading and aligning, such as 90s, 5m or 1h; without it, '
-                         '--steps and --epochs it is trained in rounds, until another minute raises the probability '
-                         'of the old answers by less than a point')]
+    metavar='TIME', help='at most, such as 90s, 5m or 1h, for the answers of the old specialist and the training, not '
+                         'for loading and aligning. With or without it the training goes in rounds and ends earlier '
+                         'when another minute raises the probability of these answers by less than a point; '
+                         '--steps and --epochs fix its length instead')]
 _AnyPasses = Annotated[Optional[float], typer.Option(
     '--epochs', min=0, help='passes over the data; by default three over --data, with --inputs rounds')]
 _Steps = Annotated[Optional[int], typer.Option(min=0, help='optimiser steps, instead of passes')]
@@ -566,7 +568,8 @@ def inspect_command(
     return {}
 
 # %% ../nbs/reference/cli.ipynb #askfn
-_Yes = Annotated[bool, typer.Option('--yes', '-y', help='go on without a question where the models look unrelated')]
+_Yes = Annotated[bool, typer.Option(
+    '--yes', '-y', help='do not ask whether to go on where the models look unrelated (asked only in a terminal)')]
 
 def _is_watched() -> bool:
     "Is there a person who can answer, and a single process to be answered?"
@@ -1000,7 +1003,8 @@ def synthesize_command(
     number:Annotated[int, typer.Option('--number', '-n', min=1, help='of different questions')]=300,
     seeds:Annotated[Optional[str], typer.Option(
         help='some questions of the task, as --data of finetune has them; labels in them are not read. The specialist '
-             'answers them, and the base goes on from there: far better than without any')]=None,
+             'answers them, and the base, without the adapter, continues this list. Far better than without any, but a '
+             'tiny base such as zoo/old cannot do it')]=None,
     longest:Annotated[int, typer.Option(min=2, help='tokens; longer questions, and answers to seeds, are left out')]=64,
     prompt:_Prompt=None, chat_template:_Template=None, seed:Annotated[int, typer.Option(help='of the draws')]=0,
     columns:_Columns=None, split:_Split='train', adapter_name:_Which=None, json_:_Json=False,
