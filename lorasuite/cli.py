@@ -1023,7 +1023,8 @@ def synthesize_command(
     from lorasuite.stages.pairing import check_base
     from lorasuite.training.prompts import Renderer
     from lorasuite.training.synthesize import asked_last, check_seeds, synthesize
-    if out.suffix.lower() in ('.csv', '.tsv', '.parquet'): raise ValueError(f'{out}: questions are JSON lines: name it .jsonl')
+    if out.suffix.lower() in ('.csv', '.tsv', '.parquet'):
+        raise ValueError(f'{out}: questions are JSON lines: name it .jsonl')
     prompts = _prompts(prompt, chat_template, 'keep')
     specialist = _load_adapter(adapter, adapter_name, old)
     check_base(specialist, old)

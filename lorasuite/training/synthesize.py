@@ -239,8 +239,8 @@ def _answer_seeds(
     with adapter.on(decoder) if adapter else nullcontext(decoder.model) as model:
         try: return pseudo_label(model, decoder.tokenizer, [*seeds], longest, renderer=renderer)
         except ValueError:
-            raise ValueError(f'the specialist finished an answer to none of {len(seeds)} seeds within {longest} tokens: '
-                             'give other seeds (--seeds), allow longer answers (--longest), or leave the seeds out'
+            raise ValueError(f'the specialist finished an answer to none of {len(seeds)} seeds within {longest} '
+                             'tokens: give other seeds (--seeds), allow longer answers (--longest), or leave the seeds out'
                              ) from None
 
 # %% ../../nbs/course/29_synthesize.ipynb #sylines1
