@@ -180,6 +180,11 @@ def test_questions_of_several_lines_are_kept_whole(old, specialist, monkeypatch)
 def test_seeds_without_an_end_are_refused(old, seed, form, message):
     with pytest.raises(ValueError, match=message): synthesize(old, None, 1, Prompts(form), seeds=[seed])
 
+def test_unanswered_seeds_are_told_by_what_the_command_has(old, specialist):
+    with pytest.raises(ValueError, match='an answer to none of 1 seeds within 2 tokens: give other seeds') as found:
+        synthesize(old, specialist, 1, longest=2, seeds=SEEDS[:1])
+    assert '--first-line' not in str(found.value)
+
 def test_room_is_made_for_whatever_is_shown(old, monkeypatch):
     "Before the first batch, though a later one shows the longest seeds"
     many = [dict(instruction=f'Who is {i}?', input='') for i in range(40)]

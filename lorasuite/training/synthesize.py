@@ -146,8 +146,8 @@ def _read_batches(
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f'{file} is damaged ({type(e).__name__}: {e}): remove {file.parent}') from None
     if known == key: return batches
-    raise ValueError(f'{file} holds questions of another specialist, or drawn in another way (prompt, seeds, seed, longest): '
-                     f'repeat that run, or remove {file.parent}')
+    raise ValueError(f'{file} holds questions of another specialist, or drawn in another way (prompt, seeds, seed, '
+                     f'longest): repeat that run, or remove {file.parent}')
 
 # %% ../../nbs/course/29_synthesize.ipynb #sywrite1
 def _write_batches(
@@ -240,8 +240,8 @@ def _answer_seeds(
         try: return pseudo_label(model, decoder.tokenizer, [*seeds], longest, renderer=renderer)
         except ValueError:
             raise ValueError(f'the specialist finished an answer to none of {len(seeds)} seeds within {longest} '
-                             'tokens: give other seeds (--seeds), allow longer answers (--longest), or leave the seeds out'
-                             ) from None
+                             'tokens: give other seeds (--seeds), allow longer answers (--longest), or leave the '
+                             'seeds out') from None
 
 # %% ../../nbs/course/29_synthesize.ipynb #sylines1
 def _have_lines(
