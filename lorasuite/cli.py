@@ -68,6 +68,7 @@ def _quiet():
 _SAID = dict(peak_bytes='peak memory of the training', trained='trained parameters', fit='fit of the transfer matrix',
              shared='shared tokens', r2='R²', rank_error='error of the smaller rank',
              dtype_error='error of the rounding', seconds='time', drawn='texts drawn',
+             seeds='seeds, which stand first',
              unfinished='left out, unfinished', empty='left out, empty', repeated='left out, repeated',
              measure='how many answers are right was not measured') # names for people
 _SHARES = ('accuracy', 'rank_error', 'dtype_error')
@@ -980,6 +981,17 @@ def evaluate_command(
     if names: report['benchmarks'] = benchmark(decoder, names, worn)
     return report | _beside_updates(worn, decoder=decoder)
 
+# %% ../nbs/reference/cli.ipynb #synthone1
+def _of_one_form(
+    examples:list[dict], # questions
+) -> list[dict]:
+    "Questions as rows of a file, which has one form: all as chats where they are of several"
+    from lorasuite.training.prompts import asked_turns
+    forms = {next(form for form in ('messages', 'prompt', 'instruction') if form in e) for e in examples}
+    if len(forms) == 1: return examples
+    return [dict(messages=asked_turns(e)) | {key: e[key] for key in ('tools',) if key in e} for e in examples]
+
+
 # %% ../nbs/reference/cli.ipynb #synthrow
 def _write_rows(
     rows:list[dict],    # of JSON
@@ -1015,7 +1027,8 @@ def synthesize_command(
     from lorasuite.stages.pairing import check_base
     from lorasuite.training.prompts import Renderer
     from lorasuite.training.synthesize import asked_last, check_seeds, synthesize
-    if out.suffix in ('.csv', '.parquet'): raise ValueError(f'{out}: questions are JSON lines: name it .jsonl')
+    if out.suffix.lower() in ('.csv', '.tsv', '.parquet'):
+        raise ValueError(f'{out}: questions are JSON lines: name it .jsonl')
     prompts = _prompts(prompt, chat_template, 'keep')
     specialist = _load_adapter(adapter, adapter_name, old)
     check_base(specialist, old)
@@ -1025,14 +1038,16 @@ def synthesize_command(
     decoder = with_tokens(load_model(old), specialist)
     written, counts = synthesize(decoder, specialist, number, prompts, seed, longest, keep=_checkpoints(out),
                                  progress=_show_progress(), seeds=given)
-    _write_rows(given + written, out, _checkpoints(out))
+    _write_rows(_of_one_form(given + written), out, _checkpoints(out))
     (_checkpoints(out)/'drawn.json').unlink()
     facts = [f'such as: {asked_last(e)!r:.100}' for e in written[:5]]
     facts.append('texts need not look like questions: what the old specialist answers to them is learned')
-    asked = [f'--{name}={x}' for name, x in (('prompt', prompt), ('chat-template', chat_template)) if x]
+    options = ('prompt', prompt), ('chat-template', chat_template), ('adapter-name', adapter_name)
+    asked = [f'--{name}={x}' for name, x in options if x]
     command = shlex.join(['lorasuite', 'upgrade', old, 'NEW', adapter, '--inputs', str(out), *asked, '-o', 'DIRECTORY'])
     facts.append(f'next: {command}')
-    return dict(out=str(out), prompt=str(renderer), questions=len(written)) | counts | dict(facts=facts)
+    told = dict(seeds=len(given)) if given else {}
+    return dict(out=str(out), prompt=str(renderer), questions=len(written)) | told | counts | dict(facts=facts)
 
 # %% ../nbs/reference/cli.ipynb #driftchk
 def _check_drift_rank(source, drift_rank:int|None, max_rank:int|None, plain_rank:int|None):

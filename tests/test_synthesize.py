@@ -8,7 +8,8 @@ from lorasuite.core.adapter import Adapter
 from lorasuite.core.files import own_directory
 from lorasuite.core.loading import load_model
 from lorasuite.training import synthesize as module
-from lorasuite.training.prompts import Prompts, Renderer, with_answer
+from lorasuite.training.examples import load_data
+from lorasuite.training.prompts import as_messages, Prompts, Renderer, with_answer
 from lorasuite.training.synthesize import _sampling, question_end, question_frame, synthesize
 
 HOW = dict(longest=16, batch_size=8)
@@ -147,9 +148,52 @@ def test_a_chat_of_seeds_alternates(old, specialist, monkeypatch):
 def test_other_seeds_are_another_run(old, specialist, tmp_path):
     whole = synthesize(old, specialist, 10, keep=tmp_path/'kept', seeds=SEEDS, **HOW)
     assert synthesize(old, specialist, 10, keep=tmp_path/'kept', seeds=SEEDS, **HOW) == whole
+    many = [dict(instruction=f'What does Fide eat at {i}?', input='') for i in range(12)]
+    shown = module.random.Random(0).sample(range(12), 5)
+    other = [e | dict(input='' if i in shown else 'please') for i, e in enumerate(many)]
+    synthesize(old, specialist, 10, keep=tmp_path/'many', seeds=many, **HOW)
+    with pytest.raises(ValueError, match='drawn in another way'): # the first batch shows five of them
+        synthesize(old, specialist, 10, keep=tmp_path/'many', seeds=other, **HOW)
     for seeds in (SEEDS[:1], ()):
         with pytest.raises(ValueError, match='drawn in another way'):
             synthesize(old, specialist, 10, keep=tmp_path/'kept', seeds=seeds, **HOW)
+
+def test_questions_of_several_lines_are_kept_whole(old, specialist, monkeypatch):
+    "And instructions that all seeds share are no part of a question, in a plain prompt neither"
+    def told(*texts):
+        return [dict(messages=[dict(role='system', content=text), dict(role='user', content=e['instruction'])])
+                for text, e in zip(texts, SEEDS)]
+    marks, shown = [], []
+    def draw(model, tokenizer, ids, config, *args):
+        marks.append(config.stop_strings)
+        shown.append(tokenizer.decode(ids))
+        return [f'Who is {len(marks)}?']
+    monkeypatch.setattr(module, '_draw', draw)
+    for seeds in (SEEDS, told('Be brief.', 'Be brief.'), told('Be brief.', 'Be kind.')):
+        synthesize(old, specialist, 1, seeds=seeds, batch_size=1)
+    assert marks == [['\n'], ['\n'], ['\nAnswer:']]
+    assert [text.endswith('Question: Be brief.\n') for text in shown] == [False, True, False]
+
+@pytest.mark.parametrize('seed, form, message', [
+    (dict(prompt='Question: Who?\nAnswer:'), None, 'seeds under `prompt` are asked as they stand'),
+    (SEEDS[0], '{instruction}', 'nothing stands between a question and its answer in the prompt of zoo/old')])
+def test_seeds_without_an_end_are_refused(old, seed, form, message):
+    with pytest.raises(ValueError, match=message): synthesize(old, None, 1, Prompts(form), seeds=[seed])
+
+def test_unanswered_seeds_are_told_by_what_the_command_has(old, specialist):
+    with pytest.raises(ValueError, match='an answer to none of 1 seeds within 2 tokens: give other seeds') as found:
+        synthesize(old, specialist, 1, longest=2, seeds=SEEDS[:1])
+    assert '--first-line' not in str(found.value)
+
+def test_room_is_made_for_whatever_is_shown(old, monkeypatch):
+    "Before the first batch, though a later one shows the longest seeds"
+    many = [dict(instruction=f'Who is {i}?', input='') for i in range(40)]
+    many += [dict(instruction=f'Who is {i} ' + 'and he '*70, input='') for i in range(2)]
+    monkeypatch.setattr(module, 'pseudo_label', lambda model, tokenizer, seeds, *args, **how: [
+        with_answer(e, 'x') for e in seeds])
+    monkeypatch.setattr(module, '_draw', lambda *args: pytest.fail('something was drawn'))
+    with pytest.raises(ValueError, match='5 seeds with their answers take'): synthesize(old, None, 1, seeds=many)
+    with pytest.raises(ValueError, match='give a smaller --longest'): synthesize(old, None, 1, longest=600)
 
 # ---- the command
 
@@ -162,8 +206,9 @@ def test_questions_for_an_upgrade(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['questions.jsonl']
     done = run('upgrade', 'zoo/old', 'zoo/new', 'zoo/adapter', '--inputs', out, '--steps', 2, '-o', tmp_path/'up')
     assert done.exit_code == 0 and 'inputs: 12' in done.stdout, done.output
-    table = run(*COMMAND, tmp_path/'questions.csv')
-    assert table.exit_code == 2 and 'questions are JSON lines: name it .jsonl' in table.stderr
+    for name in ('q.csv', 'q.tsv', 'q.PARQUET'):
+        table = run(*COMMAND, tmp_path/name)
+        assert table.exit_code == 2 and 'questions are JSON lines: name it .jsonl' in table.stderr
     again = run(*COMMAND, out)
     assert again.exit_code == 2 and 'exists already' in again.stderr
 
@@ -177,6 +222,29 @@ def test_seeds_stand_first(tmp_path):
     assert idle.exit_code == 2 and '--columns cannot apply without --seeds' in idle.stderr
     long = run(*COMMAND[:-2], 600, '-o', tmp_path/'none.jsonl', '--seeds', seeds)
     assert long.exit_code == 2 and 'give shorter seeds (--seeds), or fewer' in long.stderr
+
+CHATS = [[dict(role=role, content=text) for role, text in pair.items()] for pair in (
+    dict(system='Be brief.', user='What does Fide eat?'), dict(system='Be kind.', user='What does Fide play?'))]
+
+@pytest.mark.parametrize('rows, options', [
+    ([dict(messages=turns) for turns in CHATS], []),
+    ([dict(conversations=[{'from': 'human', 'value': 'What does Fide eat?'}, {'from': 'gpt', 'value': 'me'}])], []),
+    ([dict(instruction='Who?', system='Be brief.'), dict(instruction='What does Fide eat?')], []),
+    ([dict(prompt='What does Fide eat?', completion='me')], ['--prompt', 'qa'])])
+def test_seeds_of_any_form_make_one_file(tmp_path, rows, options):
+    "Which an upgrade reads, and asks as the seeds were asked"
+    (tmp_path/'seeds.json').write_text(json.dumps(rows))
+    made = run(*COMMAND[:3], '-n', 2, '--longest', 16, *options, '--seeds', tmp_path/'seeds.json',
+               '-o', tmp_path/'q.jsonl')
+    assert made.exit_code == 0, made.output
+    read = load_data(tmp_path/'q.jsonl', labelled=False)
+    given = load_data(tmp_path/'seeds.json', labelled=False)
+    assert len(read) == len(rows) + 2 and [*map(as_messages, read)][:len(rows)] == [*map(as_messages, given)]
+
+def test_the_next_command_names_the_adapter(tmp_path):
+    Adapter.load('zoo/adapter').save(tmp_path/'several'/'one')
+    made = run('synthesize', 'zoo/old', tmp_path/'several', '--adapter-name', 'one', '-n', 2, '-o', tmp_path/'q.jsonl')
+    assert made.exit_code == 0 and '--adapter-name=one' in made.stdout, made.output
 
 def test_an_interrupted_command_goes_on(tmp_path, monkeypatch):
     assert run(*COMMAND, tmp_path/'whole.jsonl').exit_code == 0

@@ -271,15 +271,16 @@ def take_back_drift(
     if _DRIFT in adapter.card: raise ValueError('the card says that drift is taken back in this adapter: once will do')
     old, new = load_model(old, lazy=True), load_model(new, lazy=True)
     _check_models(alignment, old, new)
-    updates, kept, drift, weights = {**adapter.updates}, 0., 0., 0.
+    updates, kept, drift, weights, taken = {**adapter.updates}, 0., 0., 0., 0
     for (path, role, block), D, W2 in module_drifts(adapter, alignment, old, new, progress):
         drift += D.square().sum().item()
         weights += W2.square().sum().item()
         if D.norm() <= _NONE*W2.norm(): continue
         A, B = best_lora(D, min(rank, *D.shape))
         kept += update_energy(A, B)
+        taken = max(taken, len(A))
         updates |= in_float32({path: _joined(adapter.updates[path], _behind_norms(A, B, role, block))})
     if not weights: raise _nothing_drifts()
     _warn_of_size(math.sqrt(drift/weights))
-    line = _drift_line(rank, kept, drift, weights)
+    line = _drift_line(taken, kept, drift, weights)
     return replace(adapter, updates=updates, card=adapter.card and f'{adapter.card}- {line}\n')

@@ -26,6 +26,20 @@ from .prompts import as_messages, ask_all, asked_turns, Prompts, Renderer, with_
 from .refresh import ADAPTER_PARTS, pseudo_label
 from .trainer import hash_tensors
 
+# %% ../../nbs/course/29_synthesize.ipynb #syask1
+_INSTRUCTING = ('system', 'developer') # who gives instructions to a model
+
+def _as_question(
+    text:str,               # that is asked
+    seeds:Sequence[dict],   # some questions of the task
+) -> dict:
+    "An example, with the instructions of the seeds where they all have the same"
+    given = [turn for example in seeds for turn in asked_turns(example)[:1] if turn['role'] in _INSTRUCTING]
+    if len(given) < len(seeds) or any(turn != given[0] for turn in given) or not seeds:
+        return dict(instruction=text, input='')
+    return dict(messages=[given[0], dict(role='user', content=text)])
+
+
 # %% ../../nbs/course/29_synthesize.ipynb #synext1
 _WORD = 'the-question-stands-here'
 
@@ -36,10 +50,10 @@ def _next_question(
     "A conversation in which the next question is a word of ours"
     if renderer.template:
         turns = [turn for example in earlier for turn in as_messages(example)]
-        spoken = [turn for i, turn in enumerate(turns) if not i or turn['role'] != 'system']
+        spoken = [turn for i, turn in enumerate(turns) if not i or turn['role'] not in _INSTRUCTING]
         return renderer.text(dict(messages=[*spoken, dict(role='user', content=_WORD)]))
     said = [f"{renderer.text(example)} {as_messages(example)[-1]['content']}\n\n" for example in earlier]
-    return ''.join(said) + renderer.text(dict(instruction=_WORD, input=''))
+    return ''.join(said) + renderer.text(_as_question(_WORD, earlier))
 
 # %% ../../nbs/course/29_synthesize.ipynb #syframe
 @checked()
@@ -61,11 +75,13 @@ def question_frame(
 def question_end(
     tokenizer:PreTrainedTokenizerBase,  # of the model
     after:str,                          # what stands behind a question
+    lines:bool=False,                   # may a question have several lines?
 ) -> tuple[str, int|None]: # the text that ends it; the token, where it is one
     "How a question ends: by a token, by a line break, or by the words that stand behind it"
     known, behind = tokenizer.get_added_vocab(), after.lstrip(' ')
     ends = [token for token in known if after.lstrip().startswith(token)]
     if ends: return max(ends, key=len), known[max(ends, key=len)]
+    if lines and behind.startswith('\n'): return '\n' + behind.strip().rpartition('\n')[2], None
     return behind.partition('\n')[0].rstrip() or '\n', None
 
 # %% ../../nbs/course/29_synthesize.ipynb #sydraw
@@ -74,9 +90,10 @@ def _sampling(
     after:str,                          # what stands behind a question
     ends:list[int],                     # tokens that end a text
     longest:int,                        # tokens of a question
+    lines:bool=False,                   # may a question have several lines?
 ) -> GenerationConfig:
     "How questions are drawn: as the model predicts them, but not empty"
-    mark, token = question_end(tokenizer, after)
+    mark, token = question_end(tokenizer, after, lines)
     ends = sorted({*ends} | ({token} - {None})) or None
     room = 1 if token is not None else len(tokenizer(mark, add_special_tokens=False).input_ids)
     return GenerationConfig(do_sample=True, temperature=1., top_k=0, top_p=1., min_new_tokens=1, use_cache=True,
@@ -129,8 +146,8 @@ def _read_batches(
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f'{file} is damaged ({type(e).__name__}: {e}): remove {file.parent}') from None
     if known == key: return batches
-    raise ValueError(f'{file} holds questions of another specialist, or drawn in another way (prompt, seed, longest): '
-                     f'repeat that run, or remove {file.parent}')
+    raise ValueError(f'{file} holds questions of another specialist, or drawn in another way (prompt, seeds, seed, '
+                     f'longest): repeat that run, or remove {file.parent}')
 
 # %% ../../nbs/course/29_synthesize.ipynb #sywrite1
 def _write_batches(
@@ -220,32 +237,54 @@ def _answer_seeds(
 ) -> list[dict]: # those with a finished answer; raises `ValueError` where there is none
     "Seeds with the answers of the specialist"
     with adapter.on(decoder) if adapter else nullcontext(decoder.model) as model:
-        return pseudo_label(model, decoder.tokenizer, [*seeds], longest, renderer=renderer)
+        try: return pseudo_label(model, decoder.tokenizer, [*seeds], longest, renderer=renderer)
+        except ValueError:
+            raise ValueError(f'the specialist finished an answer to none of {len(seeds)} seeds within {longest} '
+                             'tokens: give other seeds (--seeds), allow longer answers (--longest), or leave the '
+                             'seeds out') from None
+
+# %% ../../nbs/course/29_synthesize.ipynb #sylines1
+def _have_lines(
+    renderer:Renderer,      # of a model
+    seeds:Sequence[dict],   # some questions of the task
+) -> bool:
+    "Has a seed several lines? Raises `ValueError` where it could not be told from its answer"
+    before, _, after = renderer.text(_as_question(_WORD, seeds)).partition(_WORD)
+    if not (renderer.template or renderer.prompts.plain) and any('prompt' in e for e in seeds):
+        raise ValueError('seeds under `prompt` are asked as they stand, so that no question can be told from what '
+                         'stands around it: give the questions alone (--columns instruction=prompt), and the rest '
+                         'with --prompt')
+    if seeds and not after.strip():
+        raise ValueError(f'nothing stands between a question and its answer in the prompt of {renderer.name}, so that '
+                         'the end of a question behind seeds cannot be told: give another form (--prompt, '
+                         '--chat-template FILE), or leave the seeds out')
+    return any('\n' in renderer.text(e).removeprefix(before).removesuffix(after) for e in seeds)
+
 
 # %% ../../nbs/course/29_synthesize.ipynb #syseeds5
 def _frame_of(
     renderer:Renderer,      # of a model
     answered:list[dict],    # seeds with their answers
     number:int,             # of the batch
-    longest:int,            # tokens of a question
 ) -> list[int]: # token ids
-    "What the questions of a batch continue; raises `ValueError` where it leaves no room for one"
+    "What the questions of a batch continue"
     shown = random.Random(number).sample(answered, min(SHOWN, len(answered)))
-    ids, _ = question_frame(renderer, shown)
-    if renderer.context and len(ids) + longest > renderer.context:
-        raise ValueError(f'{len(shown)} seeds with their answers take {len(ids):,} tokens, and {renderer.name} can read '
-                         f'{renderer.context:,} with a question of {longest}: give shorter seeds (--seeds), or fewer')
-    return ids
+    return question_frame(renderer, shown)[0]
 
-def _as_question(
-    text:str,               # that was drawn
-    seeds:Sequence[dict],   # some questions of the task
-) -> dict:
-    "An example, with the instructions of the seeds where they all have the same"
-    systems = [turn for example in seeds for turn in asked_turns(example)[:1] if turn['role'] == 'system']
-    if len(systems) < len(seeds) or any(turn != systems[0] for turn in systems) or not seeds:
-        return dict(instruction=text, input='')
-    return dict(messages=[systems[0], dict(role='user', content=text)])
+def _check_room(
+    renderer:Renderer,      # of a model
+    answered:list[dict],    # seeds with their answers
+    longest:int,            # tokens of a question
+):
+    "Raise `ValueError` where the longest seeds leave no room for a question"
+    shown = sorted(answered, key=lambda e: len(question_frame(renderer, [e])[0]))[-SHOWN:]
+    taken = len(question_frame(renderer, shown)[0])
+    if not renderer.context or taken + longest <= renderer.context: return
+    what = f'{len(shown)} seeds with their answers take' if shown else 'what stands before a question takes'
+    remedy = 'shorter seeds (--seeds), or fewer' if shown else 'a smaller --longest'
+    raise ValueError(f'{what} {taken:,} tokens, and {renderer.name} can read {renderer.context:,} with a question '
+                     f'of {longest}: give {remedy}')
+
 
 # %% ../../nbs/course/29_synthesize.ipynb #syseeds8
 @checked()
@@ -253,10 +292,11 @@ def check_seeds(
     renderer:Renderer,      # of a model
     seeds:Sequence[dict],   # some questions of the task; none are allowed
     longest:int,            # tokens of a question
-):
-    "Raise `ValueError` for a prompt that cannot be continued, or for seeds that leave no room for a question"
+) -> bool: # may a question have several lines, as a seed has?
+    "Raise `ValueError` for a prompt that cannot be continued, for seeds without an end or with no room behind them"
     ask_all(renderer, seeds)
-    _frame_of(renderer, [with_answer(seed, '…') for seed in seeds], 0, longest)
+    _check_room(renderer, [with_answer(seed, '…') for seed in seeds], longest)
+    return _have_lines(renderer, seeds)
 
 # %% ../../nbs/course/29_synthesize.ipynb #syfewer1
 def _check_found(
@@ -290,17 +330,20 @@ def synthesize(
 ) -> tuple[list[dict], dict[str, int]]: # questions; how many were `drawn`, `unfinished`, `empty`, `repeated`
     "Let a specialist write what it could be asked (Magpie, arXiv 2406.08464); raises `ValueError` if it writes nothing"
     renderer = Renderer.of(decoder, prompts, adapter)
-    config = _sampling(decoder.tokenizer, question_frame(renderer)[1], renderer.ends, longest)
+    lines, after = check_seeds(renderer, seeds, longest), question_frame(renderer)[1]
+    config = _sampling(decoder.tokenizer, after, renderer.ends, longest, lines)
     answered = _answer_seeds(decoder, adapter, renderer, seeds, longest) if seeds else []
+    _check_room(renderer, answered, longest)
+    shown = _frame_of(renderer, answered, 0), json.dumps(answered)
     base = hash_tensors(decoder.model.state_dict().values()) if keep else ''
     held = [getattr(adapter, part) for part in ADAPTER_PARTS] if adapter else None
-    key = Hasher.hash((base, held, _frame_of(renderer, answered, 0, longest), seed, batch_size, config.to_dict()))
+    key = Hasher.hash((base, held, shown, seed, batch_size, config.to_dict()))
     batches, write = _kept_batches(keep, key)
     with adapter.on(decoder) if adapter and not seeds else nullcontext(decoder.model) as model:
         def draw(batch):
             number = seed*2**20 + batch
-            return _draw(model, decoder.tokenizer, _frame_of(renderer, answered, number, longest), config, batch_size,
-                         number)
+            ids = _frame_of(renderer, answered, number)
+            return _draw(model, decoder.tokenizer, ids, config, batch_size, number)
         found, counts = _draw_until(batches, number, [*map(asked_last, seeds)], draw, write, progress)
     if keep and not found: (Path(os.path.expanduser(keep))/_FILE).unlink()
     _check_found(found, counts, number, longest, decoder.name)
