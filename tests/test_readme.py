@@ -124,8 +124,15 @@ def test_what_is_said_of_ranks_is_so():
         assert max(tiny[task, m] for m in TINY.values()) == tiny[task, 'lora-all']
     upgrades = {r['hop'] for r in recorded('lorasuite/data/lab.json')}
     assert 'itself' in upgrades and len(upgrades) == 11 and 'on ten upgrades of tiny models' in README
-    ours, full = (found('lorasuite/data/hop.json', 'gentle', 'additions', m) for m in ('refitted+100', 'lora-all'))
-    assert 0 < mean(full) - mean(ours) < 1.96*(2*.9*.1/200)**.5
+    real = {(u, m): mean(xs) for u in REAL for m in REAL_ROWS.values()
+            if (xs := found('lorasuite/data/hop.json', u, 'additions', m))}
+    assert max(real, key=real.get) == ('gentle', 'lora-all')
+    assert 0 < real['gentle', 'lora-all'] - real['gentle', 'carried+100'] < 1.96*(2*.9*.1/200)**.5
+    old = float(old_specialist('lorasuite/data/hop.json', 'gentle', 'additions'))/100
+    assert real['enlarged', 'carried'] == old > .62*old > real['gentle', 'carried'] > .55*old
+    assert real['harsh', 'carried'] == 0 and min(real[u, 'drift-64'] for u in REAL) > .95*old
+    assert abs(real['gentle', 'carried+100'] - real['gentle', 'paper+100']) < .02
+    assert abs(real['gentle', 'carried+100'] - real['gentle', 'drift-64']) < .02
 
 def parameters(name):
     "The number of parameters of a shipped model"
