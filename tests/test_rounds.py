@@ -35,13 +35,14 @@ def taught(zoo, specialist):
 
 @pytest.fixture
 def clock(monkeypatch):
-    "A clock on which every look takes a second: rounds end at the same steps on every machine"
+    "A clock on which every look takes a second: rounds end at the same steps on every machine; no patience"
     class Clock:
         now = 0.
         def perf_counter(self):
             self.now += 1.
             return self.now
     monkeypatch.setattr(module, 'time', Clock())
+    monkeypatch.setattr(module, 'SLOW_START', 0)
 
 def judged(monkeypatch, *chances):
     "Chances that are measured one after another, the last for ever: of each answer, or the same of all"
@@ -69,6 +70,14 @@ def test_two_rounds_without_gain_end_it(zoo, taught, clock, monkeypatch, chances
     assert len(losses) == steps and len(said) == len(losses.chances) - 1
     assert said[-1].endswith('the last round: another minute brings less than a point')
     assert f'{steps} steps' in refreshed.card and '6 lessons kept aside' in refreshed.card
+
+def test_a_fresh_lora_may_bring_nothing_at_first(zoo, taught, specialist, clock, monkeypatch):
+    "Between unrelated models 16 steps are no sign: there a refresh went from 6 to 93% in a minute"
+    monkeypatch.setattr(module, 'SLOW_START', 64)
+    for start, chances, steps in ((None, (.5,), 64), (specialist, (.5,), 16), (None, (.5, float('nan')), 16)):
+        judged(monkeypatch, *chances)
+        _, losses = refresh_in_rounds(zoo['old'], taught, start, batch_size=2)
+        assert len(losses) == steps
 
 def test_a_training_in_rounds_is_one_of_the_lessons_left(zoo, taught, clock, monkeypatch):
     "A single round of eight steps, by hand: the rate falls, one lesson in eight is not learned"
