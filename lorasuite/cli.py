@@ -1007,6 +1007,20 @@ def _write_rows(
         with writing(file), file.open('x', encoding='utf-8') as made: made.write(text)
     finally: part.unlink()
 
+# %% ../nbs/reference/cli.ipynb #synthfct
+def _written_facts(
+    written:list[dict], # questions
+    upgrade:list[str],  # words of the command that takes them
+    options:dict,       # of both commands; `None` for one that was not given
+) -> list[str]:
+    "Lines about questions that were written: examples, what they are for, and the next command"
+    from lorasuite.training.synthesize import asked_last
+    asked = [f'--{name}={value}' for name, value in options.items() if value]
+    command = shlex.join(['lorasuite', 'upgrade', *upgrade, *asked, '-o', 'DIRECTORY'])
+    shown = [f'such as: {asked_last(example)!r:.100}' for example in written[:5]]
+    return [*shown, 'texts need not look like questions: what the old specialist answers to them is learned',
+            f'next: {command}']
+
 # %% ../nbs/reference/cli.ipynb #synthcmd
 @_command
 def synthesize_command(
@@ -1015,8 +1029,8 @@ def synthesize_command(
     number:Annotated[int, typer.Option('--number', '-n', min=1, help='of different questions')]=300,
     seeds:Annotated[Optional[str], typer.Option(
         help='some questions of the task, as --data of finetune has them; labels in them are not read. The specialist '
-             'answers them, and the base, without the adapter, continues this list. Far better than without any, but a '
-             'tiny base such as zoo/old cannot do it')]=None,
+             'answers them, and the base, without the adapter, goes on from there; a tiny base such as zoo/old '
+             'cannot')]=None,
     longest:Annotated[int, typer.Option(min=2, help='tokens; longer questions, and answers to seeds, are left out')]=64,
     prompt:_Prompt=None, chat_template:_Template=None, seed:Annotated[int, typer.Option(help='of the draws')]=0,
     columns:_Columns=None, split:_Split='train', adapter_name:_Which=None, json_:_Json=False,
@@ -1026,7 +1040,7 @@ def synthesize_command(
     from lorasuite.stages.added_tokens import with_tokens
     from lorasuite.stages.pairing import check_base
     from lorasuite.training.prompts import Renderer
-    from lorasuite.training.synthesize import asked_last, check_seeds, synthesize
+    from lorasuite.training.synthesize import check_seeds, synthesize
     if out.suffix.lower() in ('.csv', '.tsv', '.parquet'):
         raise ValueError(f'{out}: questions are JSON lines: name it .jsonl')
     prompts = _prompts(prompt, chat_template, 'keep')
@@ -1040,12 +1054,8 @@ def synthesize_command(
                                  progress=_show_progress(), seeds=given)
     _write_rows(_of_one_form(given + written), out, _checkpoints(out))
     (_checkpoints(out)/'drawn.json').unlink()
-    facts = [f'such as: {asked_last(e)!r:.100}' for e in written[:5]]
-    facts.append('texts need not look like questions: what the old specialist answers to them is learned')
-    options = ('prompt', prompt), ('chat-template', chat_template), ('adapter-name', adapter_name)
-    asked = [f'--{name}={x}' for name, x in options if x]
-    command = shlex.join(['lorasuite', 'upgrade', old, 'NEW', adapter, '--inputs', str(out), *asked, '-o', 'DIRECTORY'])
-    facts.append(f'next: {command}')
+    options = (('prompt', prompt), ('chat-template', chat_template), ('adapter-name', adapter_name))
+    facts = _written_facts(written, [old, 'NEW', adapter, '--inputs', str(out)], dict(options))
     told = dict(seeds=len(given)) if given else {}
     return dict(out=str(out), prompt=str(renderer), questions=len(written)) | told | counts | dict(facts=facts)
 

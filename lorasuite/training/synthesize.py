@@ -39,7 +39,6 @@ def _as_question(
         return dict(instruction=text, input='')
     return dict(messages=[given[0], dict(role='user', content=text)])
 
-
 # %% ../../nbs/course/29_synthesize.ipynb #synext1
 _WORD = 'the-question-stands-here'
 
@@ -260,7 +259,6 @@ def _have_lines(
                          '--chat-template FILE), or leave the seeds out')
     return any('\n' in renderer.text(e).removeprefix(before).removesuffix(after) for e in seeds)
 
-
 # %% ../../nbs/course/29_synthesize.ipynb #syseeds5
 def _frame_of(
     renderer:Renderer,      # of a model
@@ -284,7 +282,6 @@ def _check_room(
     remedy = 'shorter seeds (--seeds), or fewer' if shown else 'a smaller --longest'
     raise ValueError(f'{what} {taken:,} tokens, and {renderer.name} can read {renderer.context:,} with a question '
                      f'of {longest}: give {remedy}')
-
 
 # %% ../../nbs/course/29_synthesize.ipynb #syseeds8
 @checked()
